@@ -1,0 +1,79 @@
+"""The command-line manners of every entry point: one clear line for a user's mistake, exit status 2, no traceback."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """Something the user can mend: the message says what was given, what was expected and what to do."""
+
+
+def fail(message: str) -> None:
+    """Print one line and exit with status 2. Under torchrun only one process of a machine gets to speak."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(5)  # the first process says the same and ends the others; one that fails alone still speaks
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults shown in --help and one line for a wrong argument."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message: str) -> None:
+        fail(f"{message} (see {Path(sys.argv[0]).name} --help)")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call main(); an InputError becomes one line and exit status 2, Ctrl-C exit status 130."""
+    try:
+        main()
+    except InputError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _number(kind: type, low: float, high: float, low_open: bool, wanted: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}") from None
+        if not (low < value if low_open else low <= value) or value > high:
+            raise argparse.ArgumentTypeError(f"expected {wanted}, got {text}")
+        return value
+
+    return parse
+
+
+_INF = float("inf")
+positive_int = _number(int, 1, _INF, False, "a whole number of at least 1")
+count = _number(int, 0, _INF, False, "a whole number of at least 0")
+positive = _number(float, 0, _INF, True, "a number above 0")
+non_negative = _number(float, 0, _INF, False, "a number of at least 0")
+fraction = _number(float, 0, 1, False, "a number in [0, 1]")
+positive_fraction = _number(float, 0, 1, True, "a number in (0, 1]")
+
+
+def existing_file(text: str) -> Path:
+    """argparse type: a path that is a file."""
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return path
+
+
+def existing_folder(text: str) -> Path:
+    """argparse type: a path that is a folder."""
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text}")
+    return path

@@ -1,0 +1,33 @@
+"""Pictures: grids of images with labelled rows."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from utils.files import atomic_path
+
+
+def image_grid(images: np.ndarray, columns: int, row_names: Sequence[str] = (), scale: int = 1) -> Image.Image:
+    """uint8 images (N, H, W, 3), row by row, enlarged `scale` times; `row_names` stand to the left of the rows."""
+    n, height, width, _ = images.shape
+    rows, gap = -(-n // columns), 2
+    cell_h, cell_w = height * scale + gap, width * scale + gap
+    font = ImageFont.load_default(size=max(10, min(16, cell_h // 3)))
+    margin = max((int(font.getlength(name)) + 12 for name in row_names), default=0)
+    page = Image.new("RGB", (margin + columns * cell_w + gap, rows * cell_h + gap), "white")
+    draw = ImageDraw.Draw(page)
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        tile = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        page.paste(tile, (margin + gap + column * cell_w, gap + row * cell_h))
+    for row, name in enumerate(row_names[:rows]):
+        draw.text((6, gap + row * cell_h + cell_h // 2), name, fill="black", font=font, anchor="lm")
+    return page
+
+
+def save_image(path: str | Path, image: Image.Image) -> None:
+    """Write a picture atomically."""
+    with atomic_path(path) as temporary:
+        image.save(temporary)

@@ -1,0 +1,41 @@
+"""Run an entry point on one process or many: `python utils/launch.py SCRIPT.py ARGS...`.
+
+From the environment, as torchrun has it: NPROC_PER_NODE (default: the number of GPUs, 1 without), NNODES, NODE_RANK,
+MASTER_ADDR, MASTER_PORT. A single process runs in place. Exit status: the script's own, also behind torchrun.
+"""
+
+import os
+import runpy
+import sys
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import get_args_parser
+from torch.distributed.run import run as torchrun
+
+
+def main() -> None:
+    script, arguments = sys.argv[1], sys.argv[2:]
+    env = os.environ
+    processes = int(env.get("NPROC_PER_NODE") or max(1, torch.cuda.device_count()))
+    nodes = int(env.get("NNODES") or 1)
+    if processes * nodes == 1:
+        sys.argv = [script, *arguments]
+        runpy.run_path(script, run_name="__main__")
+        return
+    where = ["--nnodes", str(nodes), "--nproc-per-node", str(processes)]
+    if nodes > 1:
+        where += ["--node-rank", env["NODE_RANK"], "--master-addr", env["MASTER_ADDR"]]
+        where += ["--master-port", env.get("MASTER_PORT", "29500")]
+    else:
+        where += ["--standalone"]
+    # torchrun gives each process one thread unless told; share the cores instead.
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    try:
+        torchrun(get_args_parser().parse_args([*where, script, *arguments]))
+    except ChildFailedError as error:
+        sys.exit(max(1, error.get_first_failure()[1].exitcode))
+
+
+if __name__ == "__main__":
+    main()

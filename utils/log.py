@@ -1,0 +1,52 @@
+"""What a run says: lines to the terminal and `log.txt`, numbers to `metrics.jsonl`, a progress bar with an ETA."""
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+def progress(items: Iterable | None = None, *, show: bool = True, **options: Any) -> tqdm:
+    """A tqdm bar on stderr; one line every half minute where stderr is a file, nothing where show is False."""
+    interval = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(items, disable=not show, mininterval=interval, dynamic_ncols=True, **options)
+
+
+class RunLog:
+    """Lines and metrics of a run in `folder`; silent (and writing nothing) where `active` is False."""
+
+    def __init__(self, folder: str | Path, active: bool = True) -> None:
+        self.folder, self.active = Path(folder), active
+        if active:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def line(self, text: str) -> None:
+        """Print a line (above any progress bar) and append it, with the time, to log.txt."""
+        if self.active:
+            tqdm.write(text)
+            with open(self.folder / "log.txt", "a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def metrics(self, **values: Any) -> None:
+        """Append one JSON object to metrics.jsonl."""
+        if self.active:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(values) + "\n")
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The objects of a run's metrics.jsonl, in order; a last line cut short by a kill is left out."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
