@@ -58,7 +58,9 @@ def state_dict(checkpoint: Mapping[str, Any], weights: str = "model") -> dict[st
         raise InputError(f"weights: expected model or ema, got {weights}")
     if weights == "ema":
         if "ema" not in checkpoint:
-            raise InputError(f"no EMA weights in this checkpoint (it holds {', '.join(map(str, list(checkpoint)[:8]))})")
+            raise InputError(
+                f"no EMA weights in this checkpoint (it holds {', '.join(map(str, list(checkpoint)[:8]))})"
+            )
         state = checkpoint["ema"]
     else:
         state = next((checkpoint[key] for key in ("model", "module", "state_dict") if key in checkpoint), checkpoint)
@@ -71,18 +73,23 @@ def state_dict(checkpoint: Mapping[str, Any], weights: str = "model") -> dict[st
     return plain
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Load every tensor or raise InputError that names the first mismatches. `what` says whose weights they are."""
+def check_fit(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Raise InputError, naming the first mismatches, unless names and shapes agree. `what` says whose weights they are."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
-    problems = [f"{name} is missing" for name in wanted if name not in given]
-    problems += [f"{name} is not in the model" for name in given if name not in wanted]
-    problems += [
+    problems = [
         f"{name} is {given[name]}, the model has {shape}"
         for name, shape in wanted.items()
         if name in given and given[name] != shape
     ]
+    problems += [f"{name} is missing" for name in wanted if name not in given]
+    problems += [f"{name} is not in the model" for name in given if name not in wanted]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise InputError(f"{what} does not fit this model: {'; '.join(problems[:3])}{more}")
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Load every tensor, strictly; raises as check_fit does."""
+    check_fit(model, state, what)
     model.load_state_dict(state, strict=True)

@@ -1,7 +1,8 @@
-"""Pictures: grids of images with labelled rows."""
+"""Pictures: grids of images with labelled rows, and line charts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -31,3 +32,32 @@ def save_image(path: str | Path, image: Image.Image) -> None:
     """Write a picture atomically."""
     with atomic_path(path) as temporary:
         image.save(temporary)
+
+
+def curves(
+    path: str | Path,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str = "",
+    boundaries: Mapping[float, str] = MappingProxyType({}),
+) -> None:
+    """Write a line chart: label -> (xs, ys). Boundaries are vertical lines at x with a word to their right."""
+    import matplotlib  # here, so that stages that draw no chart don't pay for it
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    for label, (xs, ys) in series.items():
+        axes.plot(xs, ys, label=label, linewidth=1.6, marker="o" if len(xs) < 30 else None, markersize=4)
+    for x, word in boundaries.items():
+        axes.axvline(x, color="grey", linewidth=1, linestyle=":")
+        axes.annotate(word, (x, 1), xycoords=("data", "axes fraction"), xytext=(4, -12), textcoords="offset points")
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    pyplot.close(figure)

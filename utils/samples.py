@@ -11,7 +11,9 @@ from utils.cli import InputError
 from utils.files import atomic_path
 
 
-def write(path: str | Path, batches: Iterable[np.ndarray], shape: tuple[int, int, int, int], labels: np.ndarray) -> None:
+def write(
+    path: str | Path, batches: Iterable[np.ndarray], shape: tuple[int, int, int, int], labels: np.ndarray
+) -> None:
     """Write batches of uint8 images (n, H, W, 3), `shape` in all, and their labels; one batch in memory at a time."""
     with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
         written = 0
@@ -42,7 +44,9 @@ class Samples:
             with zipfile.ZipFile(self.path) as archive:
                 names = archive.namelist()
                 if "arr_0.npy" not in names:
-                    raise InputError(f"{path} holds {', '.join(names) or 'nothing'}; expected arr_0 (uint8, NHWC images)")
+                    raise InputError(
+                        f"{path} holds {', '.join(names) or 'nothing'}; expected arr_0 (uint8, NHWC images)"
+                    )
                 with archive.open("arr_0.npy") as member:
                     self.shape, self._fortran, dtype = self._header(member)
         except (zipfile.BadZipFile, ValueError, EOFError) as error:

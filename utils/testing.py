@@ -39,14 +39,18 @@ def fill_by_formula(model: nn.Module) -> nn.Module:
     return model
 
 
-def close(actual: Tensor | np.ndarray | float, expected: np.ndarray | float, rtol: float = 1e-4, atol: float = 1e-4) -> None:
+def close(
+    actual: Tensor | np.ndarray | float, expected: np.ndarray | float, rtol: float = 1e-4, atol: float = 1e-4
+) -> None:
     """Assert closeness of a tensor or number to golden data."""
     if isinstance(actual, Tensor):
         actual = actual.detach().float().cpu().numpy()
     np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol)
 
 
-def run_script(*command: str | Path, processes: int = 1, timeout: float = 300, **env: str) -> subprocess.CompletedProcess:
+def run_script(
+    *command: str | Path, processes: int = 1, timeout: float = 300, **env: str
+) -> subprocess.CompletedProcess:
     """Run a Python entry point (path from the root, then arguments) as the bash scripts do; output captured as text."""
     variables = {**os.environ, "NPROC_PER_NODE": str(processes), "CUDA_VISIBLE_DEVICES": "", **env}
     return subprocess.run(

@@ -1,0 +1,225 @@
+"""The class-conditional GPT over image codes (LlamaGen, arXiv 2406.06525), for patches of any side.
+
+Shapes: B batch, N patches, K codes in a patch, L positions (class token and patches), V vocabulary, D width,
+H query heads, G key/value heads, C channels of a head. Parameter names are those of the published checkpoints.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoregressive.models.patches import grid_side
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """What fixes the weights' shapes and the forward pass. block_size is the number of codes of an image."""
+
+    dim: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_kv_head: int | None = None
+    multiple_of: int = 256
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+    vocab_size: int = 16384
+    num_classes: int = 1000
+    block_size: int = 256
+    token_dropout_p: float = 0.0
+    resid_dropout_p: float = 0.0
+    ffn_dropout_p: float = 0.0
+    attn_dropout_p: float = 0.0
+    drop_path_rate: float = 0.0
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_head
+
+    @property
+    def ffn_hidden(self) -> int:
+        """Two thirds of 4 D (SwiGLU has three matrices), rounded up to a multiple."""
+        return -(-int(8 * self.dim / 3) // self.multiple_of) * self.multiple_of
+
+
+PRESETS = {
+    # for laptops and small data sets
+    "GPT-XXS": GPTConfig(dim=128, n_layer=4, n_head=4, multiple_of=64),
+    "GPT-XS": GPTConfig(dim=192, n_layer=6, n_head=6, multiple_of=64),
+    "GPT-S": GPTConfig(dim=384, n_layer=6, n_head=6),
+    # published
+    "GPT-B": GPTConfig(dim=768, n_layer=12, n_head=12),  # 111M
+    "GPT-L": GPTConfig(dim=1024, n_layer=24, n_head=16),  # 343M
+    "GPT-XL": GPTConfig(dim=1280, n_layer=36, n_head=20),  # 775M
+    "GPT-XXL": GPTConfig(dim=1536, n_layer=48, n_head=24),  # 1.4B
+    "GPT-XXXL": GPTConfig(dim=2560, n_layer=48, n_head=40),  # 3.9B
+    "GPT-1B": GPTConfig(dim=2048, n_layer=22, n_head=32),
+    "GPT-3B": GPTConfig(dim=3200, n_layer=24, n_head=32),
+    "GPT-7B": GPTConfig(dim=4096, n_layer=32, n_head=32),
+}
+
+
+def preset(name: str, **changes) -> GPTConfig:
+    """A row of PRESETS with fields replaced."""
+    return replace(PRESETS[name], **changes)
+
+
+def rope_grid(side: int, head_dim: int, base: float) -> Tensor:
+    """2-D rotary table (side, side, C/2, 2) of (cos, sin): the first C/4 pairs turn with the row, the rest with the column."""
+    quarter = head_dim // 4
+    frequency = base ** -(torch.arange(0, quarter).float() * 2 / (head_dim // 2))
+    angle = torch.arange(side).float()[:, None] * frequency
+    rows, columns = angle[:, None].expand(-1, side, -1), angle[None].expand(side, -1, -1)
+    angles = torch.cat((rows, columns), dim=-1)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+
+def apply_rope(x_BLHC: Tensor, rope_LC2: Tensor) -> Tensor:
+    """Rotate each pair of neighbouring channels by its position's angle; computed in float32."""
+    even, odd = x_BLHC.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rope_LC2[:, None].unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+    return turned.flatten(-2).type_as(x_BLHC)
+
+
+def drop_path(x: Tensor, p: float, training: bool) -> Tensor:
+    """Stochastic depth: drop a sample's whole branch with probability p."""
+    if p == 0 or not training:
+        return x
+    keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= p
+    return x * keep / (1 - p)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        heads = config.n_head + 2 * config.kv_heads
+        self.wqkv = nn.Linear(config.dim, heads * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x_BLD: Tensor, rope_LC2: Tensor, cache=None) -> Tensor:
+        """Causal attention; with a cache, over the positions it holds and these (see generate.KVCache)."""
+        c = self.config
+        qkv = self.wqkv(x_BLD).unflatten(-1, (-1, c.head_dim))
+        turned, v_BLGC = qkv.split((c.n_head + c.kv_heads, c.kv_heads), dim=2)
+        q_BLHC, k_BLGC = apply_rope(turned, rope_LC2).split((c.n_head, c.kv_heads), dim=2)
+        q, k, v = (t.transpose(1, 2) for t in (q_BLHC, k_BLGC, v_BLGC))
+        if cache is not None:
+            k, v = cache.append(k, v)
+        x_BHLC = F.scaled_dot_product_attention(
+            q, k, v,
+            is_causal=q.shape[2] > 1,
+            dropout_p=c.attn_dropout_p if self.training else 0.0,
+            enable_gqa=c.kv_heads != c.n_head,
+        )  # fmt: skip
+        x_BLD = self.wo(x_BHLC.transpose(1, 2).flatten(2))
+        return F.dropout(x_BLD, c.resid_dropout_p, self.training)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.dropout_p = config.ffn_dropout_p
+        self.w1 = nn.Linear(config.dim, config.ffn_hidden, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_hidden, bias=False)
+        self.w2 = nn.Linear(config.ffn_hidden, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout_p, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, drop_path_p: float) -> None:
+        super().__init__()
+        self.drop_path_p = drop_path_p
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, x_BLD: Tensor, rope_LC2: Tensor, cache=None) -> Tensor:
+        branch = self.attention(self.attention_norm(x_BLD), rope_LC2, cache)
+        x_BLD = x_BLD + drop_path(branch, self.drop_path_p, self.training)
+        return x_BLD + drop_path(self.feed_forward(self.ffn_norm(x_BLD)), self.drop_path_p, self.training)
+
+
+class LabelEmbedder(nn.Module):
+    """Class embeddings; the last row (index num_classes) is the null class of classifier-free guidance."""
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+
+class Transformer(nn.Module):
+    """GPT over patches of codes: `model(patches_BNK, labels_B) -> logits_BNV`, one distribution a patch."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        if config.dim % config.n_head or config.head_dim % 4 or config.n_head % config.kv_heads:
+            raise ValueError(f"heads do not fit: dim {config.dim}, {config.n_head} heads, {config.kv_heads} kv heads")
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.cls_embedding = LabelEmbedder(config.num_classes, config.dim)
+        depths = torch.linspace(0, config.drop_path_rate, config.n_layer, device="cpu").tolist()
+        self.layers = nn.ModuleList(Block(config, p) for p in depths)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        grid = rope_grid(grid_side(config.block_size), config.head_dim, config.rope_base)
+        self.register_buffer("rope", grid, persistent=False)
+        self.apply(self._init)
+        nn.init.zeros_(self.output.weight)  # the first loss is ln(vocab_size)
+
+    @staticmethod
+    def _init(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def rope_table(self, patches: int) -> Tensor:
+        """(1 + patches, C/2, 2): the class token's row, then a fresh integer grid of that many patches.
+
+        The class token's cos AND sin are 0, so its query and key vanish: published weights depend on it.
+        A coarse level's grid 0..side-1 is a corner of the finest one; it is neither rescaled nor centred.
+        """
+        side = grid_side(patches)
+        grid = self.rope[:side, :side].flatten(0, 1)
+        return F.pad(grid, (0, 0, 0, 0, 1, 0))
+
+    def embed(self, patches_BNK: Tensor, labels_B: Tensor) -> Tensor:
+        """(B, 1 + N, D): the class embedding, then each patch as the mean of its codes' embeddings (paper, eq. 3)."""
+        h_B1D = self.cls_embedding.embedding_table(labels_B)[:, None]
+        h_BND = self.tok_embeddings(patches_BNK).mean(dim=2)
+        return F.dropout(torch.cat((h_B1D, h_BND), dim=1), self.config.token_dropout_p, self.training)
+
+    def decode(self, h_BLD: Tensor, rope_LC2: Tensor, caches=None) -> Tensor:
+        """Embedded positions -> logits (B, L, V)."""
+        for i, layer in enumerate(self.layers):
+            h_BLD = layer(h_BLD, rope_LC2, caches[i] if caches else None)
+        return self.output(self.norm(h_BLD))
+
+    def forward(self, patches_BNK: Tensor, labels_B: Tensor) -> Tensor:
+        """Logits (B, N, V): position t sees the class and patches before t, and predicts patch t.
+
+        patches_BNK: int64 (B, N, K) of to_patches, the targets included; the last one is not read.
+        labels_B: int64 (B,), num_classes for the null class.
+        """
+        rope_LC2 = self.rope_table(patches_BNK.shape[1])[:-1]
+        return self.decode(self.embed(patches_BNK[:, :-1], labels_B), rope_LC2)

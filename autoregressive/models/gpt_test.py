@@ -1,0 +1,154 @@
+"""The GPT against the published code's numbers, and the traps that break published weights."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from autoregressive.models.gpt import PRESETS, GPTConfig, Transformer, preset
+from autoregressive.models.patches import patch_loss, to_patches
+from utils.testing import close, fill_by_formula
+
+DATA = Path(__file__).parent / "testdata"
+STATE_DICTS = json.loads((DATA / "gpt_state_dicts.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return np.load(DATA / "gpt_small.npz")
+
+
+def small_model() -> Transformer:
+    config = GPTConfig(dim=64, n_layer=2, n_head=4, vocab_size=64, block_size=64, num_classes=10)
+    return fill_by_formula(Transformer(config))
+
+
+@pytest.mark.parametrize("name", STATE_DICTS)
+def test_published_names_and_shapes(name):
+    with torch.device("meta"):
+        model = Transformer(PRESETS[name])
+    expected = STATE_DICTS[name]
+    assert {k: list(v.shape) for k, v in model.state_dict().items()} == expected["state_dict"]
+    assert sum(p.numel() for p in model.parameters()) == expected["parameters"]
+    assert sum(p.numel() for p in model.parameters() if p.dim() >= 2) == expected["decayed_parameters"]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_builds(name):
+    with torch.device("meta"):
+        Transformer(preset(name, n_layer=1))
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4, 8])
+def test_small_model_logits_loss_and_gradients(golden, patch):
+    model = small_model().train()
+    patches = to_patches(torch.from_numpy(golden["idx"]), patch)
+    logits = model(patches, torch.from_numpy(golden["cls"]))
+    loss = patch_loss(logits, patches)
+    loss.backward()
+    close(logits, golden[f"logits_p{patch}"])
+    close(loss, golden[f"loss_p{patch}"])
+    parameters = dict(model.named_parameters())
+    assert sorted(parameters) == list(golden["grad_names"])
+    norms = [parameters[name].grad.double().norm().item() for name in golden["grad_names"]]
+    dots = [(parameters[n].grad.double() * parameters[n].double()).sum().item() for n in golden["grad_names"]]
+    close(np.array(norms), golden[f"gradnorm_p{patch}"], rtol=1e-4, atol=1e-6)
+    close(np.array(dots), golden[f"graddot_p{patch}"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4, 8])
+def test_gpt_b_logits_loss_and_gradients(patch):
+    golden = np.load(DATA / "gpt_b.npz")
+    model = fill_by_formula(Transformer(PRESETS["GPT-B"])).train()
+    patches = to_patches(torch.from_numpy(golden["idx"].astype(np.int64)), patch)
+    logits = model(patches, torch.from_numpy(golden["cls"].astype(np.int64)))
+    loss = patch_loss(logits, patches)
+    positions = torch.from_numpy(golden[f"positions_p{patch}"].astype(np.int64))
+    close(logits[:, positions][..., torch.from_numpy(golden["vocab"])], golden[f"logits_p{patch}"])
+    close(logits[:, positions].logsumexp(-1), golden[f"logsumexp_p{patch}"])
+    close(logits.std(), golden[f"logits_std_p{patch}"])
+    close(loss, golden[f"loss_p{patch}"])
+    loss.backward()
+    parameters = dict(model.named_parameters())
+    norms = np.array([parameters[name].grad.double().norm().item() for name in golden["grad_names"]])
+    close(norms, golden[f"gradnorm_p{patch}"], rtol=1e-4, atol=1e-6)
+    close(math.sqrt((norms**2).sum()), golden[f"gradnorm_total_p{patch}"], rtol=1e-4, atol=0)
+
+
+def test_trap_class_token_has_no_rotation(golden):
+    """Its cosine is 0 as well as its sine, so its query and key vanish; an identity rotation would break weights."""
+    row = small_model().rope_table(64)[0]
+    assert row.abs().max() == 0
+    assert np.abs(golden["rope_p1"][0]).max() == 0
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4, 8])
+def test_trap_coarse_tables_are_fresh_integer_grids(golden, patch):
+    close(small_model().rope_table(64 // patch**2), golden[f"rope_p{patch}"], atol=1e-6)
+
+
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_input_is_the_mean_embedding_of_the_patch(golden, patch):
+    model = small_model()
+    patches = to_patches(torch.from_numpy(golden["idx"]), patch)
+    h = model.embed(patches, torch.from_numpy(golden["cls"]))
+    close(h[:, 1:], golden[f"patch_embeddings_p{patch}"], atol=1e-6)
+
+
+def test_trap_loss_in_eval_mode_and_forward_changes_nothing(golden):
+    """The token-level validation loss is to be had at any time, between steps of any level."""
+    model = small_model().eval()
+    before = {name: value.clone() for name, value in [*model.state_dict().items(), *model.named_buffers()]}
+    codes, labels = torch.from_numpy(golden["idx"]), torch.from_numpy(golden["cls"])
+    for patch in (4, 1, 2, 1):
+        patches = to_patches(codes, patch)
+        close(patch_loss(model(patches, labels), patches), golden[f"loss_p{patch}"])
+    after = dict([*model.state_dict().items(), *model.named_buffers()])
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_logits_behind_the_last_code(golden):
+    model = small_model().eval()
+    h = model.embed(torch.from_numpy(golden["idx"])[..., None], torch.from_numpy(golden["cls"]))
+    logits = model.decode(h, model.rope_table(64))
+    close(logits[:, -1], golden["eval_logits_last"])
+    close(logits[:, :-1], golden["logits_p1"])
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_trap_first_loss_is_ln_vocab(patch):
+    torch.manual_seed(0)
+    model = Transformer(preset("GPT-XXS", vocab_size=512, block_size=64)).train()
+    patches = to_patches(torch.randint(512, (3, 64)), patch)
+    assert patch_loss(model(patches, torch.tensor([0, 5, 1000])), patches).item() == pytest.approx(
+        math.log(512), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "kind", ["token_dropout_p", "resid_dropout_p", "ffn_dropout_p", "attn_dropout_p", "drop_path_rate"]
+)
+def test_trap_dropout_is_active_in_training_only(kind):
+    model = fill_by_formula(Transformer(preset("GPT-XXS", vocab_size=64, block_size=16, **{kind: 0.5})))
+    codes, labels = torch.arange(16).view(1, 16, 1).expand(4, -1, -1), torch.zeros(4, dtype=torch.int64)
+    model.train()
+    assert not torch.equal(model(codes, labels), model(codes, labels))
+    model.eval()
+    assert torch.equal(model(codes, labels), model(codes, labels))
+
+
+def test_grouped_query_attention_equals_repeated_heads():
+    config = GPTConfig(dim=64, n_layer=2, n_head=4, n_kv_head=2, vocab_size=32, block_size=16, num_classes=3)
+    grouped = fill_by_formula(Transformer(config)).eval()
+    full = Transformer(GPTConfig(dim=64, n_layer=2, n_head=4, vocab_size=32, block_size=16, num_classes=3)).eval()
+    state = grouped.state_dict()
+    for i in range(2):
+        q, k, v = state[f"layers.{i}.attention.wqkv.weight"].split((64, 32, 32))
+        k, v = (t.view(2, 16, 64).repeat_interleave(2, 0).flatten(0, 1) for t in (k, v))
+        state[f"layers.{i}.attention.wqkv.weight"] = torch.cat((q, k, v))
+    full.load_state_dict(state)
+    codes, labels = torch.randint(32, (2, 16, 1)), torch.tensor([0, 3])
+    torch.testing.assert_close(grouped(codes, labels), full(codes, labels))

@@ -1,0 +1,66 @@
+"""Patch-major codes and the patch loss, for any patch side."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autoregressive.models.patches import from_patches, patch_loss, to_patches
+
+GOLDEN = np.load(Path(__file__).parent / "testdata" / "gpt_small.npz")
+
+
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_targets_equal_the_published_ones(patch):
+    assert np.array_equal(to_patches(torch.from_numpy(GOLDEN["idx"]), patch), GOLDEN[f"targets_p{patch}"])
+
+
+def test_trap_patches_are_blocks_of_the_grid():
+    """Not patch**2 consecutive codes of the raster."""
+    patches = to_patches(torch.arange(16)[None], 2)
+    assert patches[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+
+
+def test_trap_large_ids_survive():
+    """Every id of a 16384 codebook comes back; in bfloat16 most would not."""
+    codes = torch.arange(16384).view(-1, 256)
+    assert torch.equal(from_patches(to_patches(codes, 4)), codes)
+    assert to_patches(codes, 4).dtype == torch.int64
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 3))
+def test_round_trip(patch, rows, batch):
+    codes = torch.randint(16384, (batch, (patch * rows) ** 2))
+    patches = to_patches(codes, patch)
+    assert patches.shape == (batch, rows**2, patch**2)
+    assert torch.equal(from_patches(patches), codes)
+
+
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 9), st.integers(2, 40))
+def test_trap_loss_equals_the_mean_over_repeated_logits(batch, patches, codes, vocab):
+    """logsumexp minus the gathered mean is the cross-entropy of every code against its patch's logits, without copies."""
+    logits = torch.randn(batch, patches, vocab) * 3
+    targets = torch.randint(vocab, (batch, patches, codes))
+    repeated = logits[:, :, None].expand(-1, -1, codes, -1).reshape(-1, vocab)
+    torch.testing.assert_close(patch_loss(logits, targets), F.cross_entropy(repeated, targets.flatten()))
+
+
+def test_loss_does_not_grow_with_the_codes_of_a_patch():
+    """No tensor of the backward pass is larger than the logits themselves."""
+    logits = torch.randn(2, 4, 1000, requires_grad=True)
+    sizes = []
+    pack = lambda tensor: sizes.append(tensor.numel()) or tensor  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        patch_loss(logits, torch.randint(1000, (2, 4, 64)))
+    assert max(sizes) <= logits.numel()
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="does not divide the grid of 8x8"):
+        to_patches(torch.zeros(1, 64, dtype=torch.int64), 3)
+    with pytest.raises(ValueError, match="square number of codes, got 63"):
+        to_patches(torch.zeros(1, 63, dtype=torch.int64), 1)

@@ -1,0 +1,76 @@
+"""The published schedule, segment by segment and step by step, and where it is buggy ours is right."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from autoregressive.train.schedule import Stage, learning_rate, patch_stages, relative_cost, stage_at
+
+CASES = json.loads((Path(__file__).parent / "testdata" / "schedule.json").read_text())
+
+
+def plan(args: dict) -> list[Stage]:
+    return patch_stages(args["epochs"], args["patch_level"], args["epoch_rate"])
+
+
+def rate(step: int, args: dict) -> float:
+    return learning_rate(
+        step,
+        plan(args),
+        args["steps_per_epoch"],
+        lr=args["lr"],
+        end_lr=args["end_lr"],
+        warmup_epochs=args["warmup_epochs"],
+        decay_ratio=args["decay_ratio"],
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(v) for v in c["args"].values()))
+class TestPublished:
+    def test_segments(self, case):
+        stages = plan(case["args"])
+        ends = case["epoch_range"]
+        kept = [i for i, stop in enumerate(ends) if stop > (ends[i - 1] if i else 0)]
+        assert [s.stop for s in stages] == [ends[i] for i in kept]
+        assert [s.patch**2 for s in stages] == [case["patch_sizes"][i] for i in kept]
+        assert [s.start for s in stages] == [0, *(s.stop for s in stages[:-1])]
+
+    def test_patch_at_every_epoch(self, case):
+        expected = case["patch_size_at_epoch_start"]
+        assert [stage_at(plan(case["args"]), e).patch ** 2 for e in range(case["args"]["epochs"])] == expected[:-1]
+
+    def test_learning_rate(self, case):
+        args = case["args"]
+        last = args["epochs"] * args["steps_per_epoch"]
+        known = dict(enumerate(case.get("lr_every_step", []))) | dict(map(tuple, case["lr_at_step"]))
+        known |= {e * args["steps_per_epoch"]: lr for e, lr in enumerate(case["lr_at_epoch_start"])}
+        inside = {step: lr for step, lr in known.items() if step < last}
+        assert len(inside) > 5
+        for step, lr in inside.items():
+            assert rate(step, args) == pytest.approx(lr, rel=1e-9, abs=1e-18), step
+        assert rate(case["last_step"], args) == pytest.approx(case["lr_last_step"], rel=1e-9)
+
+    def test_trap_past_the_end_it_stays_at_end_lr(self, case):
+        """The published code returns the base rate as a multiplier there, so base_lr squared (or a warm-up's 0)."""
+        args = case["args"]
+        end = args["epochs"] * args["steps_per_epoch"]
+        assert [rate(end + extra, args) for extra in (0, 1, 10**6)] == [args["end_lr"]] * 3
+
+
+def test_trap_boundaries_are_powers_of_the_rate_not_thirds():
+    assert patch_stages(300, 3, 0.5) == [Stage(4, 0, 75), Stage(2, 75, 150), Stage(1, 150, 300)]
+
+
+@pytest.mark.parametrize(
+    ("level", "epoch_rate", "cost"),
+    [(2, 0.5, 0.625), (3, 0.5, 0.578), (4, 0.5, 0.572), (2, 0.67, 0.498), (4, 0.67, 0.400)],
+)
+def test_relative_cost_of_the_papers_schedules(level, epoch_rate, cost):
+    assert relative_cost(patch_stages(300, level, epoch_rate)) == pytest.approx(cost, abs=6e-4)
+
+
+@pytest.mark.parametrize("wrong", [(0, 1, 0.5), (10, 0, 0.5), (10, 2, 0.0), (10, 2, 1.5)])
+def test_refusals(wrong):
+    with pytest.raises(ValueError, match="expected epochs >= 1"):
+        patch_stages(*wrong)

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Train a GPT on codes; flags: --help.
+# Processes: NPROC_PER_NODE (default: the GPUs), NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
+set -euo pipefail
+source "$(dirname "$0")/../env.sh"
+exec "$PYTHON" utils/launch.py autoregressive/train/train_c2i.py "$@"
