@@ -35,7 +35,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        fail(str(error))
+        fail(str(error).rsplit("InputError: ", 1)[-1])  # a DataLoader's worker puts its traceback in front
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -25,7 +25,7 @@ def add_flags(parser: ArgumentParser) -> None:
     add(
         "--weights", choices=("auto", "model", "ema"), default="auto", help="auto: the EMA where the checkpoint has one"
     )
-    add("--vq-model", help="tokenizer preset; needed for files that don't say (published ones: VQ-16)")
+    add("--vq-model", help="insist on this tokenizer preset; default: what the file says, VQ-16 if it doesn't")
     add("--vq-ckpt", type=cli.existing_file, required=True)
     add(
         "--image-size", type=cli.positive_int, help="default: what the GPT was trained at; 256 for files that don't say"

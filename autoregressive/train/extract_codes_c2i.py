@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.codes import LAYOUTS, SHARD_SIZE, Manifest, Place, Writer
-from dataset.images import ImageFolder, image_views
+from dataset.images import VIEWS, ImageFolder, image_views
 from tokenizer.tokenizer_image.load import load_tokenizer
 from utils import cli
 from utils.distributed import World, world
@@ -29,7 +29,7 @@ def parse() -> Namespace:
     add = parser.add_argument
     add("--data-path", type=cli.existing_folder, required=True, help="an ImageFolder: one folder of images a class")
     add("--code-path", type=Path, required=True, help="folder to write to")
-    add("--vq-model", default=None, help="tokenizer preset; needed for files that don't say (published ones: VQ-16)")
+    add("--vq-model", help="insist on this tokenizer preset; default: what the file says, VQ-16 if it doesn't")
     add("--vq-ckpt", type=cli.existing_file, required=True, help="tokenizer weights")
     add("--dataset", default="imagenet", help="name of the data set in the folders' names")
     add("--image-size", type=cli.positive_int, default=256)
@@ -108,7 +108,7 @@ def main() -> None:
         dataset=args.dataset,
         image_size=args.image_size,
         images=len(folder),
-        views={"single": 1, "flip": 2, "ten-crop": 10}[mode],
+        views=VIEWS[mode],
         tokens=(args.image_size // tokenizer.downsample) ** 2,
         codebook_size=tokenizer.config.codebook_size,
         layout=args.layout,

@@ -1,0 +1,101 @@
+"""Crops against the published code's pixels, the order of an ImageFolder, and every way a folder can be wrong."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+
+from dataset.images import VIEWS, ImageFolder, center_crop, image_views, load_image
+from utils.cli import InputError
+from utils.pixels import to_float
+
+GOLDEN = np.load(Path(__file__).parent / "testdata" / "crops.npz")
+
+
+@pytest.fixture(params=["image0", "image1"])
+def picture(request, tmp_path):
+    """A golden image as a file, and its name in the golden data."""
+    path = tmp_path / "picture.png"
+    Image.fromarray(GOLDEN[request.param]).save(path)
+    return path, request.param
+
+
+@pytest.mark.parametrize("crop_range", ["1.1", "1.05"])
+def test_ten_crops_equal_the_published_ones(picture, crop_range):
+    path, name = picture
+    prefix = f"{name}_size32_range{crop_range}"
+    size = int(32 * float(crop_range))
+    assert np.array_equal(load_image(path, size), GOLDEN[f"{prefix}_center"])
+    views = image_views(path, 32, "ten-crop", float(crop_range))
+    assert views.dtype == np.uint8
+    assert np.array_equal(to_float(torch.from_numpy(views)), GOLDEN[f"{prefix}_tencrop"])
+
+
+def test_two_crops_equal_the_published_ones(picture):
+    path, name = picture
+    views = to_float(torch.from_numpy(image_views(path, 32, "flip")))
+    assert np.array_equal(views, GOLDEN[f"{name}_size32_twocrop"])
+    assert np.array_equal(image_views(path, 32, "single"), image_views(path, 32, "flip")[:1])
+
+
+def test_crop_sizes_equal_the_published_ones():
+    for size, crop_range, expected in GOLDEN["crop_sizes"]:
+        assert int(int(size) * float(crop_range)) == int(expected)
+
+
+@pytest.mark.parametrize("mode", VIEWS)
+def test_views_are_as_many_as_said(picture, mode):
+    assert image_views(picture[0], 16, mode).shape == (VIEWS[mode], 16, 16, 3)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (64, 64), (63, 200), (129, 70), (32, 500)])
+def test_crops_of_any_shape_fit(shape):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(256, size=(*shape, 3), dtype=np.uint8))
+    assert center_crop(image, 32).shape == (32, 32, 3)
+
+
+def test_an_image_of_the_right_size_is_left_alone():
+    pixels = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)
+    assert np.array_equal(center_crop(Image.fromarray(pixels), 32), pixels)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_other_colour_modes_become_rgb(tmp_path, mode):
+    path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
+    Image.new("RGB", (40, 50), (200, 30, 30)).convert(mode).save(path)
+    assert load_image(path, 16).shape == (16, 16, 3)
+
+
+def make_folder(root: Path) -> Path:
+    for name in ("b/10.png", "b/9.png", "a/z.png", "a/deep/y.png", "a/notes.txt", "c/x.PNG"):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(path, format="PNG")
+    return root
+
+
+def test_the_order_is_torchvisions(tmp_path):
+    folder, theirs = ImageFolder(make_folder(tmp_path)), datasets.ImageFolder(str(tmp_path))
+    assert folder.paths == [path for path, _ in theirs.samples]
+    assert folder.labels.tolist() == theirs.targets
+    assert folder.classes == theirs.classes == ["a", "b", "c"]
+    assert len(folder) == 5
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(InputError, match=r"there is no folder .*nowhere; expected an ImageFolder"):
+        ImageFolder(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="has no class folders"):
+        ImageFolder(tmp_path)
+    make_folder(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"no images in class folder empty of .*: add some"):
+        ImageFolder(tmp_path)
+    broken = tmp_path / "a" / "z.png"
+    broken.write_bytes(broken.read_bytes()[:-30])
+    with pytest.raises(InputError, match=r"z\.png cannot be read as an image"):
+        load_image(broken, 4)

@@ -1,0 +1,376 @@
+"""The VQ tokenizer: images to a grid of code indices and back (VQGAN, arXiv 2012.09841, as in LlamaGen, arXiv 2406.06525).
+
+Shapes: B batch, H x W pixels or a grid of codes, C channels, D codebook width, L = H * W codes, N rows of latents.
+Parameter names are those of the published checkpoints (vq_ds16_c2i.pt, vq_ds8_c2i.pt).
+"""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import isqrt
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+USAGE_LENGTH = 65536  # codes that the usage buffer remembers
+SEARCH_ELEMENTS = 1 << 24  # similarities held at once by the search for the nearest code
+ENTROPY_TEMPERATURE = 0.01
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """What fixes the weights' shapes, the forward pass and the quantiser's loss terms.
+
+    `fold` is the side of the pixel blocks that are folded into channels before the encoder and unfolded behind the
+    decoder: above 1 it saves the convolutions at full resolution, which cost most in a small model.
+    """
+
+    ch: int = 128
+    encoder_ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    decoder_ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 256
+    codebook_size: int = 16384
+    codebook_embed_dim: int = 8
+    codebook_l2_norm: bool = True
+    commit_loss_beta: float = 0.25
+    entropy_loss_ratio: float = 0.0
+    show_usage: bool = True
+    dropout: float = 0.0
+    fold: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("encoder_ch_mult", "decoder_ch_mult"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.encoder_ch_mult) != len(self.decoder_ch_mult):
+            raise ValueError(f"encoder and decoder have {self.encoder_ch_mult} and {self.decoder_ch_mult} levels")
+
+    @property
+    def downsample(self) -> int:
+        """Pixels of a code's side."""
+        return self.fold * 2 ** (len(self.encoder_ch_mult) - 1)
+
+
+PRESETS = {
+    "VQ-16": VQConfig(),
+    "VQ-8": VQConfig(encoder_ch_mult=(1, 2, 2, 4), decoder_ch_mult=(1, 2, 2, 4)),
+    "VQ-4-small": VQConfig(
+        ch=32,
+        encoder_ch_mult=(1, 1),
+        decoder_ch_mult=(1, 1),
+        num_res_blocks=1,
+        z_channels=64,
+        codebook_size=512,
+        fold=2,
+    ),
+}
+
+
+def preset(name: str, **changes) -> VQConfig:
+    """A row of PRESETS with fields replaced."""
+    return replace(PRESETS[name], **changes)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """32 groups as published; narrow layers get fewer, so that a group keeps four channels and thus their mean."""
+    return nn.GroupNorm(max(1, min(32, channels // 4)), channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """Two normalised 3x3 convolutions beside a shortcut, which is 1x1 where the width changes."""
+
+    def __init__(self, channels_in: int, channels_out: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = group_norm(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2 = group_norm(channels_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x_BCHW)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.nin_shortcut(x_BCHW) + h
+
+
+class Attention(nn.Module):
+    """Every position attends to every other one with a single head."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        h = self.norm(x_BCHW)
+        q, k, v = (project(h).flatten(2).transpose(1, 2) for project in (self.q, self.k, self.v))  # (B, L, C)
+        mixed = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]  # (B, L, C)
+        return x_BCHW + self.proj_out(mixed.transpose(1, 2).reshape(x_BCHW.shape))
+
+
+class Downsample(nn.Module):
+    """Half the side by a strided convolution that is padded at the right and the bottom only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.conv(F.pad(x_BCHW, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the side by repeating pixels, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution; attention follows each residual block where `attend` is set."""
+
+    def __init__(self, channels_in: int, channels: int, blocks: int, attend: bool, dropout: float) -> None:
+        super().__init__()
+        widths = [channels_in, *[channels] * blocks]
+        self.res = nn.ModuleList(ResBlock(a, b, dropout) for a, b in pairwise(widths))
+        self.attn = nn.ModuleList(Attention(channels) for _ in range(blocks if attend else 0))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        for i, res in enumerate(self.res):
+            x_BCHW = res(x_BCHW)
+            if self.attn:
+                x_BCHW = self.attn[i](x_BCHW)
+        return x_BCHW
+
+
+def middle(channels: int, dropout: float) -> nn.ModuleList:
+    """The blocks at the grid's own resolution."""
+    return nn.ModuleList(
+        (ResBlock(channels, channels, dropout), Attention(channels), ResBlock(channels, channels, dropout))
+    )
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) -> (B, z_channels, H / downsample, W / downsample)."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        widths = [config.ch * mult for mult in config.encoder_ch_mult]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3 * config.fold**2, config.ch, 3, padding=1)
+        self.conv_blocks = nn.ModuleList()
+        for i, (before, width) in enumerate(zip([config.ch, *widths], widths, strict=False)):
+            level = Level(before, width, config.num_res_blocks, i == last, config.dropout)
+            if i != last:
+                level.downsample = Downsample(width)
+            self.conv_blocks.append(level)
+        self.mid = middle(widths[-1], config.dropout)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+        self.fold = config.fold
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        h = self.conv_in(F.pixel_unshuffle(images_BCHW, self.fold) if self.fold > 1 else images_BCHW)
+        for level in self.conv_blocks:
+            h = level(h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        for block in self.mid:
+            h = block(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """(B, z_channels, H, W) -> images (B, 3, H * downsample, W * downsample); levels from the coarsest to the finest."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        widths = [config.ch * mult for mult in reversed(config.decoder_ch_mult)]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
+        self.mid = middle(widths[0], config.dropout)
+        self.conv_blocks = nn.ModuleList()
+        for i, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False)):
+            level = Level(before, width, config.num_res_blocks + 1, i == 0, config.dropout)
+            if i != last:
+                level.upsample = Upsample(width)
+            self.conv_blocks.append(level)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3 * config.fold**2, 3, padding=1)
+        self.fold = config.fold
+
+    def forward(self, z_BCHW: Tensor) -> Tensor:
+        h = self.conv_in(z_BCHW)
+        for block in self.mid:
+            h = block(h)
+        for level in self.conv_blocks:
+            h = level(h)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(h, self.fold) if self.fold > 1 else h
+
+
+class QuantiserLoss(NamedTuple):
+    """The quantiser's loss terms, with their factors (beta, entropy ratio) in them."""
+
+    codebook: Tensor
+    commitment: Tensor
+    entropy: Tensor
+
+
+class Quantised(NamedTuple):
+    """values_BDHW: codebook entries with the latents' gradient (straight through); codes_BHW: int64."""
+
+    values_BDHW: Tensor
+    codes_BHW: Tensor
+    loss: QuantiserLoss
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest entries of a codebook; latents and entries are brought to unit length first where l2_norm is set."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        self.l2_norm = config.codebook_l2_norm
+        self.beta = config.commit_loss_beta
+        self.entropy_ratio = config.entropy_loss_ratio
+        self.embedding = nn.Embedding(config.codebook_size, config.codebook_embed_dim)
+        with torch.no_grad():
+            self.embedding.weight.uniform_(-1 / config.codebook_size, 1 / config.codebook_size)
+            self.embedding.weight.copy_(self.unit(self.embedding.weight))
+        if config.show_usage:
+            self.register_buffer("codebook_used", torch.zeros(USAGE_LENGTH))
+
+    def unit(self, x: Tensor) -> Tensor:
+        """Unit length along the last axis, or x itself for a codebook without normalisation."""
+        return F.normalize(x, dim=-1) if self.l2_norm else x
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Entries (..., D) of codes (...)."""
+        return self.unit(self.embedding(codes))
+
+    @torch.no_grad()
+    def search(self, rows_ND: Tensor) -> Tensor:
+        """Codes (N,) of the entries nearest to rows that are normalised already."""
+        entries_VD = self.unit(self.embedding.weight.float())
+        offset_V = entries_VD.square().sum(1)
+        step = max(1, SEARCH_ELEMENTS // len(entries_VD))
+        # |z - e|^2 without |z|^2, which does not change the order
+        parts = [torch.addmm(offset_V, part, entries_VD.T, alpha=-2).argmin(1) for part in rows_ND.split(step)]
+        return torch.cat(parts)
+
+    def codes(self, z_BDHW: Tensor) -> Tensor:
+        """Codes (B, H, W) int64 of latents."""
+        b, _, h, w = z_BDHW.shape
+        return self.search(self.unit(z_BDHW.float().permute(0, 2, 3, 1)).flatten(0, 2)).view(b, h, w)
+
+    def forward(self, z_BDHW: Tensor) -> Quantised:
+        with torch.autocast(z_BDHW.device.type, enabled=False):
+            z_BHWD = self.unit(z_BDHW.float().permute(0, 2, 3, 1))
+            codes_BHW = self.search(z_BHWD.detach().flatten(0, 2)).view(z_BHWD.shape[:3])
+            entries_BHWD = self.lookup(codes_BHW)
+            loss = QuantiserLoss(
+                F.mse_loss(entries_BHWD, z_BHWD.detach()),
+                self.beta * F.mse_loss(z_BHWD, entries_BHWD.detach()),
+                self.entropy_ratio * self._entropy(z_BHWD.flatten(0, 2))
+                if self.entropy_ratio
+                else z_BHWD.new_zeros(()),
+            )
+            straight = z_BHWD + (entries_BHWD - z_BHWD).detach()
+        return Quantised(straight.permute(0, 3, 1, 2), codes_BHW, loss)
+
+    def _entropy(self, rows_ND: Tensor) -> Tensor:
+        """Mean entropy of a row's soft assignment less the entropy of the mean assignment (arXiv 2310.05737, eq. 4)."""
+        entries_VD = self.unit(self.embedding.weight)
+        distances_NV = torch.addmm(entries_VD.square().sum(1), rows_ND, entries_VD.T, alpha=-2)
+        log_share_NV = F.log_softmax(-distances_NV / ENTROPY_TEMPERATURE, dim=-1)
+        share_NV = log_share_NV.exp()
+        mean_V = share_NV.mean(0)
+        each = -(share_NV * log_share_NV).sum(1).mean()
+        return each + (mean_V * torch.log(mean_V + 1e-5)).sum()
+
+    @torch.no_grad()
+    def record(self, codes: Tensor) -> None:
+        """Append codes, in order, to the buffer of the last 65536; the oldest fall out."""
+        codes = codes.flatten()[-USAGE_LENGTH:].to(self.codebook_used)
+        self.codebook_used.copy_(torch.cat((self.codebook_used[len(codes) :], codes)))
+
+    @torch.no_grad()
+    def unused(self) -> Tensor:
+        """Entries (int64) that are not in the buffer."""
+        seen = torch.zeros(self.embedding.num_embeddings, dtype=torch.bool, device=self.codebook_used.device)
+        seen[self.codebook_used.long()] = True
+        return (~seen).nonzero()[:, 0]
+
+    def usage(self) -> float:
+        """Share of the codebook that is in the buffer; a fresh buffer holds code 0."""
+        size = self.embedding.num_embeddings
+        return (size - len(self.unused())) / size
+
+
+class Output(NamedTuple):
+    """What training needs of a forward pass; latents before normalisation."""
+
+    reconstruction_BCHW: Tensor
+    codes_BHW: Tensor
+    latents_BDHW: Tensor
+    loss: QuantiserLoss
+
+
+class VQModel(nn.Module):
+    """Encoder, quantiser, decoder. Images are float (B, 3, H, W), about -1..1; H and W multiples of `downsample`."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = VectorQuantizer(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.codebook_embed_dim, config.z_channels, 1)
+
+    @property
+    def downsample(self) -> int:
+        """Pixels of a code's side."""
+        return self.config.downsample
+
+    def latents(self, images_BCHW: Tensor) -> Tensor:
+        """Images -> (B, D, H / downsample, W / downsample), before normalisation."""
+        return self.quant_conv(self.encoder(images_BCHW))
+
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        """Images -> codes (B, H / downsample, W / downsample) int64."""
+        return self.quantize.codes(self.latents(images_BCHW))
+
+    def decode(self, values_BDHW: Tensor) -> Tensor:
+        """Quantised latents -> images."""
+        return self.decoder(self.post_quant_conv(values_BDHW))
+
+    def decode_code(self, codes: Tensor) -> Tensor:
+        """Codes (B, H, W), or (B, L) of a square grid row by row, -> images."""
+        if codes.dim() == 2:
+            side = isqrt(codes.shape[1])
+            if side * side != codes.shape[1]:
+                raise ValueError(f"{codes.shape[1]} codes are no square grid; give them as (B, H, W)")
+            codes = codes.unflatten(1, (side, side))
+        return self.decode(self.quantize.lookup(codes).permute(0, 3, 1, 2))
+
+    @torch.inference_mode()
+    def reconstruct(self, images_BCHW: Tensor) -> Tensor:
+        """Images through their codes and back."""
+        return self.decode_code(self.encode(images_BCHW))
+
+    def forward(self, images_BCHW: Tensor) -> Output:
+        latents_BDHW = self.latents(images_BCHW)
+        quantised = self.quantize(latents_BDHW)
+        return Output(self.decode(quantised.values_BDHW), quantised.codes_BHW, latents_BDHW, quantised.loss)
