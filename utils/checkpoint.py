@@ -6,7 +6,7 @@ A checkpoint is a `.pt` dict: `model` (and `ema`) state dicts under the publishe
 """
 
 import argparse
-import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,14 @@ def load(path: str | Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"{path} is not a checkpoint that can be read safely (weights only): {reason}") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        size = path.stat().st_size
-        reason = str(error).split("\n")[0][:120]
+    except Exception as error:  # a damaged file raises whatever its bytes lead the reader to
+        if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise InputError(
+                f"{path} is not read: it asks for {asked[1]}, so it is damaged or would run code; expected plain data"
+            ) from None
+        reason = re.split(r"\.\s|\n", f"{type(error).__name__}: {error}")[0][:120]
         raise InputError(
-            f"{path} ({size} bytes) is truncated or not a checkpoint: copy or download it again ({reason})"
+            f"{path} ({path.stat().st_size} bytes) is truncated or not a checkpoint: copy or download it again ({reason})"
         ) from None
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path} holds a {type(checkpoint).__name__}; expected a dict with 'model' or a state dict")
@@ -64,10 +64,12 @@ def state_dict(checkpoint: Mapping[str, Any], weights: str = "model") -> dict[st
         state = checkpoint["ema"]
     else:
         state = next((checkpoint[key] for key in ("model", "module", "state_dict") if key in checkpoint), checkpoint)
+    if not isinstance(state, Mapping):
+        raise InputError(f"the checkpoint's weights are a {type(state).__name__}; expected a dict of tensors")
     plain = {}
     for name, tensor in state.items():
-        for prefix in WRAPPERS:
-            name = name.removeprefix(prefix)
+        while name.startswith(WRAPPERS):
+            name = name.partition(".")[2]
         if name not in STALE:
             plain[name] = tensor
     return plain

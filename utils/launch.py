@@ -4,6 +4,7 @@ From the environment, as torchrun has it: NPROC_PER_NODE (default: the number of
 MASTER_ADDR, MASTER_PORT. A single process runs in place. Exit status: the script's own, also behind torchrun.
 """
 
+import argparse
 import os
 import runpy
 import sys
@@ -13,18 +14,30 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser
 from torch.distributed.run import run as torchrun
 
+from utils.cli import fail, positive_int
+
+
+def from_environment(name: str, default: int) -> int:
+    """A number of processes or machines; one line and exit status 2 for what is none."""
+    try:
+        return positive_int(os.environ.get(name) or str(default))
+    except argparse.ArgumentTypeError as error:
+        fail(f"{name} in the environment: {error}")
+
 
 def main() -> None:
     script, arguments = sys.argv[1], sys.argv[2:]
     env = os.environ
-    processes = int(env.get("NPROC_PER_NODE") or max(1, torch.cuda.device_count()))
-    nodes = int(env.get("NNODES") or 1)
+    processes = from_environment("NPROC_PER_NODE", max(1, torch.cuda.device_count()))
+    nodes = from_environment("NNODES", 1)
     if processes * nodes == 1:
         sys.argv = [script, *arguments]
         runpy.run_path(script, run_name="__main__")
         return
     where = ["--nnodes", str(nodes), "--nproc-per-node", str(processes)]
     if nodes > 1:
+        if missing := [name for name in ("NODE_RANK", "MASTER_ADDR") if not env.get(name)]:
+            fail(f"NNODES is {nodes}, so {' and '.join(missing)} must be in the environment, as torchrun has it")
         where += ["--node-rank", env["NODE_RANK"], "--master-addr", env["MASTER_ADDR"]]
         where += ["--master-port", env.get("MASTER_PORT", "29500")]
     else:

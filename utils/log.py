@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from utils.files import atomic_path
+
 
 def progress(items: Iterable | None = None, *, show: bool = True, **options: Any) -> tqdm:
     """A tqdm bar on stderr; one line every half minute where stderr is a file, nothing where show is False."""
@@ -50,3 +52,10 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def forget_after(folder: str | Path, step: int) -> None:
+    """Drop the metrics of steps that a continued run will do again."""
+    rows = [row for row in read_metrics(folder) if row["step"] <= step]
+    with atomic_path(Path(folder) / "metrics.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))

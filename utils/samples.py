@@ -2,6 +2,7 @@
 
 import zipfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -30,33 +31,37 @@ def write(
             npy.write_array(member, np.asarray(labels, np.int64))
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged archive raises into an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path} is damaged or not an .npz file: write or download it again ({reason})") from None
+
+
 class Samples:
     """A samples file, opened: `shape` (N, H, W, C), `labels` (N,) int64 or None, and `batches(n)`.
 
-    Raises InputError for a missing or truncated file, a missing arr_0, or images that are not uint8 NHWC.
+    Raises InputError for a missing or damaged file, a missing arr_0, or images that are not uint8 NHWC.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise InputError(f"there is no samples file {path}; expected an .npz with arr_0 (uint8, NHWC)")
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                names = archive.namelist()
-                if "arr_0.npy" not in names:
-                    raise InputError(
-                        f"{path} holds {', '.join(names) or 'nothing'}; expected arr_0 (uint8, NHWC images)"
-                    )
-                with archive.open("arr_0.npy") as member:
-                    self.shape, self._fortran, dtype = self._header(member)
-        except (zipfile.BadZipFile, ValueError, EOFError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path} is truncated or not an .npz file: write or download it again ({error})") from None
+        with _reading(self.path), zipfile.ZipFile(self.path) as archive, np.load(self.path) as file:
+            names = archive.namelist()
+            if "arr_0.npy" not in names:
+                raise InputError(f"{path} holds {', '.join(names) or 'nothing'}; expected arr_0 (uint8, NHWC images)")
+            with archive.open("arr_0.npy") as member:
+                self.shape, self._fortran, dtype = self._header(member)
+            self.labels = np.asarray(file["arr_1"]).astype(np.int64) if "arr_1" in file else None
         if len(self.shape) != 4 or self.shape[-1] != 3 or dtype != np.uint8:
             raise InputError(f"{path}: arr_0 is {dtype} of shape {self.shape}; expected uint8 of shape (N, H, W, 3)")
-        with np.load(self.path) as file:
-            self.labels = np.asarray(file["arr_1"]).astype(np.int64) if "arr_1" in file else None
         if self.labels is not None and self.labels.shape != self.shape[:1]:
             raise InputError(f"{path}: {self.shape[0]} images but labels of shape {self.labels.shape}")
 
@@ -72,7 +77,7 @@ class Samples:
     def batches(self, size: int) -> Iterator[np.ndarray]:
         """uint8 (n, H, W, 3), n = size but for the last; read from the file as they are asked for."""
         if self._fortran:  # rare: written by other software
-            with np.load(self.path) as file:
+            with _reading(self.path), np.load(self.path) as file:
                 images = file["arr_0"]
             yield from (images[start : start + size] for start in range(0, len(self), size))
             return
@@ -81,7 +86,8 @@ class Samples:
             self._header(member)
             for start in range(0, len(self), size):
                 n = min(size, len(self) - start)
-                data = member.read(n * image_bytes)
+                with _reading(self.path):
+                    data = member.read(n * image_bytes)
                 if len(data) != n * image_bytes:
                     raise InputError(f"{self.path} ends after {start + len(data) // image_bytes} of {len(self)} images")
                 yield np.frombuffer(data, np.uint8).reshape(n, *self.shape[1:])

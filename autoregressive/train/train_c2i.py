@@ -30,7 +30,7 @@ from dataset.sampler import epoch_batches
 from utils import checkpoint, cli, draw, streams
 from utils.distributed import World, autocast, precision_dtype, world, world_size
 from utils.ema import ema_copy, update_ema
-from utils.log import RunLog, progress, read_metrics
+from utils.log import RunLog, forget_after, progress, read_metrics
 from utils.runs import Run, open_run
 
 # Arguments that may change when a run is continued: they don't change what is trained.
@@ -367,16 +367,6 @@ def agree_on_run(args: Namespace, here: World) -> Run:
     if here.size > 1:
         dist.broadcast_object_list(run)
     return run[0]
-
-
-def forget_after(folder: Path, step: int) -> None:
-    """Drop the metrics of steps that a continued run will do again."""
-    rows = [row for row in read_metrics(folder) if row["step"] <= step]
-    path = folder / "metrics.jsonl"
-    path.unlink(missing_ok=True)
-    log = RunLog(folder)
-    for row in rows:
-        log.metrics(**row)
 
 
 def main() -> None:

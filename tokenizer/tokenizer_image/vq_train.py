@@ -30,7 +30,7 @@ from tokenizer.tokenizer_image.vq_model import PRESETS, VQConfig, VQModel, prese
 from utils import checkpoint, cli, draw
 from utils.distributed import World, autocast, precision_dtype, world, world_size
 from utils.ema import ema_copy, update_ema
-from utils.log import RunLog, progress, read_metrics
+from utils.log import RunLog, forget_after, progress
 from utils.pixels import to_float, to_uint8
 
 RESTART_UNTIL = 0.7  # of the run: later the codebook is left to settle
@@ -345,15 +345,6 @@ class Trainer:
         self.log.line(
             f"wrote {folder / 'vq.pt'} after {self.step} steps; PSNR of {len(decoded)} training images {psnr:.2f}"
         )
-
-
-def forget_after(folder: Path, step: int) -> None:
-    """Drop the metrics of steps that will be done again."""
-    rows = [row for row in read_metrics(folder) if row["step"] <= step]
-    (folder / "metrics.jsonl").unlink(missing_ok=True)
-    log = RunLog(folder)
-    for row in rows:
-        log.metrics(**row)
 
 
 def training_loop(settings: Settings) -> None:

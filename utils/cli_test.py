@@ -1,0 +1,97 @@
+"""A user's mistake is one line and exit status 2."""
+
+import argparse
+
+import pytest
+
+from utils import cli
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad", "wanted"),
+    [
+        (cli.positive_int, {"1": 1, "300": 300}, ["0", "-1", "1.5", "1e3", "many", ""], "a whole number of at least 1"),
+        (cli.count, {"0": 0, "7": 7}, ["-1", "0.0"], "a whole number of at least 0"),
+        (cli.positive, {"1e-4": 1e-4, "2": 2.0}, ["0", "-0.1", "nan", "x"], "a number above 0"),
+        (cli.non_negative, {"0": 0.0, "0.05": 0.05}, ["-1e-9", "nan"], "a number of at least 0"),
+        (cli.fraction, {"0": 0.0, "1": 1.0, ".5": 0.5}, ["-0.1", "1.01", "50%", "nan"], r"a number in \[0, 1\]"),
+        (cli.positive_fraction, {"1": 1.0, "0.5": 0.5}, ["0", "1.5", "nan"], r"a number in \(0, 1\]"),
+    ],
+    ids=["positive_int", "count", "positive", "non_negative", "fraction", "positive_fraction"],
+)
+def test_numbers(kind, good, bad, wanted):
+    for text, value in good.items():
+        assert kind(text) == value and type(kind(text)) is type(value)
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match=rf"^expected {wanted}, got '?{text}'?$"):
+            kind(text)
+
+
+def test_paths(tmp_path):
+    (tmp_path / "file").touch()
+    assert cli.existing_file(str(tmp_path / "file")) == tmp_path / "file"
+    assert cli.existing_folder(str(tmp_path)) == tmp_path
+    with pytest.raises(argparse.ArgumentTypeError, match="there is no file"):
+        cli.existing_file(str(tmp_path))
+    with pytest.raises(argparse.ArgumentTypeError, match="there is no folder"):
+        cli.existing_folder(str(tmp_path / "file"))
+
+
+def refusal(capsys, call) -> str:
+    """What a call that ends the process with status 2 printed to stderr; nothing went to stdout."""
+    with pytest.raises(SystemExit) as exit:
+        call()
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2 and out == ""
+    return err
+
+
+def test_fail_prints_one_line(capsys):
+    assert (
+        refusal(capsys, lambda: cli.fail("no such\n  thing:\tgive another")) == "error: no such thing: give another\n"
+    )
+
+
+def test_input_errors_become_one_line_and_bugs_keep_their_traceback(capsys):
+    def mistake():
+        raise cli.InputError("there is no x")
+
+    def bug():
+        raise ValueError("not the user's fault")
+
+    assert refusal(capsys, lambda: cli.run(mistake)) == "error: there is no x\n"
+    with pytest.raises(ValueError, match="not the user's fault"):
+        cli.run(bug)
+
+
+def test_ctrl_c_is_status_130_without_a_traceback(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit:
+        cli.run(interrupted)
+    assert exit.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--epochs", "0"], "argument --epochs: expected a whole number of at least 1, got 0"),
+        (["--epochs"], "argument --epochs: expected one argument"),
+        (["--epoch", "1", "--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_wrong_arguments_are_one_line_that_points_to_help(capsys, monkeypatch, arguments, line):
+    monkeypatch.setattr("sys.argv", ["some/train.py"])
+    parser = cli.Parser("Trains.")
+    parser.add_argument("--epochs", type=cli.positive_int, default=300, help="passes over the data")
+    assert refusal(capsys, lambda: parser.parse_args(arguments)) == f"error: {line} (see train.py --help)\n"
+    assert "passes over the data (default: 300)" in parser.format_help()
+
+
+def test_another_process_of_the_machine_lets_the_first_speak(capsys, monkeypatch):
+    waited = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("time.sleep", waited.append)
+    assert refusal(capsys, lambda: cli.fail("no")) == "error: no\n"
+    assert waited and waited[0] > 1

@@ -1,0 +1,47 @@
+"""Pictures: what is drawn where."""
+
+import numpy as np
+from PIL import Image
+
+from utils.draw import curves, image_grid, save_image
+
+GAP = 2
+IMAGES = np.random.default_rng(0).integers(0, 256, (5, 20, 30, 3), np.uint8)
+
+
+def test_a_grid_holds_every_image_in_reading_order():
+    page = np.array(image_grid(IMAGES, columns=3))
+    assert page.shape == (2 * (20 + GAP) + GAP, 3 * (30 + GAP) + GAP, 3)
+    for i, image in enumerate(IMAGES):
+        top, left = GAP + i // 3 * (20 + GAP), GAP + i % 3 * (30 + GAP)
+        assert np.array_equal(page[top : top + 20, left : left + 30], image)
+        page[top : top + 20, left : left + 30] = 255
+    assert (page == 255).all()
+
+
+def test_enlarged_pixels_stay_sharp():
+    page = np.array(image_grid(IMAGES[:1], columns=1, scale=3))
+    assert np.array_equal(page[GAP:-GAP, GAP:-GAP], IMAGES[0].repeat(3, axis=0).repeat(3, axis=1))
+
+
+def test_row_names_stand_to_the_left_and_hide_nothing():
+    plain = np.array(image_grid(IMAGES, columns=3))
+    named = np.array(image_grid(IMAGES, columns=3, row_names=["ankle boot", "bag", "a row that is not there"]))
+    margin = named.shape[1] - plain.shape[1]
+    assert np.array_equal(named[:, margin:], plain)
+    dark = (named[:, :margin] < 128).any(axis=(1, 2))
+    assert dark[:22].any() and dark[22:].any()
+
+
+def test_pictures_are_written_whole(tmp_path):
+    save_image(tmp_path / "new" / "grid.png", image_grid(IMAGES, columns=5))
+    assert np.array_equal(np.array(Image.open(tmp_path / "new" / "grid.png")), np.array(image_grid(IMAGES, columns=5)))
+    curves(
+        tmp_path / "loss.png",
+        {"training": (range(50), np.linspace(9, 5, 50)), "validation": ([10, 40], [8, 6])},
+        x_label="step",
+        y_label="loss",
+        boundaries={25: "1x1"},
+    )
+    assert np.array(Image.open(tmp_path / "loss.png").convert("L")).std() > 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "new"]

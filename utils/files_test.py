@@ -1,0 +1,49 @@
+"""Files appear whole or not at all."""
+
+import hashlib
+import json
+
+import pytest
+
+from utils.files import atomic_path, sha256, write_json
+
+
+def test_a_file_appears_when_the_block_ends_and_not_before(tmp_path):
+    path = tmp_path / "new" / "deep" / "file.npz"
+    with atomic_path(path) as temporary:
+        temporary.write_text("content")
+        assert not path.exists()
+        assert (temporary.parent, temporary.suffix) == (path.parent, path.suffix)  # one rename; numpy adds no suffix
+    assert [p.name for p in path.parent.iterdir()] == ["file.npz"]
+    assert path.read_text() == "content"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(error), atomic_path(path) as temporary:
+        temporary.write_text("half of the n")
+        raise error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_before_anything_was_written_is_the_one_that_is_seen(tmp_path):
+    with pytest.raises(RuntimeError, match="mine"), atomic_path(tmp_path / "file.txt"):
+        raise RuntimeError("mine")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_json_leaves_the_old_file(tmp_path):
+    path = tmp_path / "run.json"
+    write_json(path, {"finished": False})
+    with pytest.raises(TypeError):
+        write_json(path, {"finished": object()})
+    assert json.loads(path.read_text()) == {"finished": False}
+
+
+def test_sha256_of_more_than_one_block(tmp_path):
+    data = b"0123456789abcdef" * 70_000
+    (tmp_path / "file").write_bytes(data)
+    assert sha256(tmp_path / "file") == hashlib.sha256(data).hexdigest()
