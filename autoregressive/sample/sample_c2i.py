@@ -36,9 +36,9 @@ def main() -> None:
     labels, indices = np.repeat(ids, args.per_class), np.arange(len(ids) * args.per_class)
     with world() as here:
         pipeline.to(here.device)
-        starts = progress(range(0, len(labels), args.batch_size), desc="drawing", unit=" batches")
-        parts = [slice(start, start + args.batch_size) for start in starts]
-        images = [pipeline.images(labels[part], indices[part], args.seed) for part in parts]
+        parts = [slice(start, start + args.batch_size) for start in range(0, len(labels), args.batch_size)]
+        bar = progress(parts, desc="drawing", unit=" batches")
+        images = [pipeline.images(labels[part], indices[part], args.seed) for part in bar]
     save_image(args.out, image_grid(np.concatenate(images), args.per_class, [names[i] for i in ids], args.scale))
     print(f"wrote {args.out}")
 
