@@ -10,13 +10,13 @@ export PYTHON
 if [ -n "${QUICKSTART_SMOKE:-}" ]; then
     RUN="${RUN:-runs/quickstart-smoke}"
     DATA=(--limit 120)            TEST_IMAGES=200  REFERENCE=1000  SAMPLES=200
-    CLASSIFIER=(--epochs 1)       TOKENIZER=(--epochs 2)
-    GPT=(--epochs 6 --val-images 200)
+    CLASSIFIER=(--epochs 8)       TOKENIZER=(--epochs 5)
+    GPT=(--epochs 6 --val-images 200 --ema-decay 0.9)
 else
     RUN="${RUN:-runs/quickstart}"
     DATA=()                       TEST_IMAGES=5000 REFERENCE=10000 SAMPLES=5000
     CLASSIFIER=(--epochs 3)       TOKENIZER=(--epochs 1)
-    GPT=(--epochs 3 --val-images 1000)
+    GPT=(--epochs 3 --val-images 1000 --ema-decay 0.99)
 fi
 CFG=2.0
 mkdir -p "$RUN/done"
@@ -52,7 +52,7 @@ stage test_codes bash scripts/autoregressive/extract_codes_c2i.sh --vq-ckpt "$RU
 stage train bash scripts/autoregressive/train_c2i.sh --code-path "$RUN/codes/train" --val-code-path "$RUN/codes/test" \
     --dataset fashion --image-size 32 --results-dir "$RUN/gpt" --gpt-model GPT-XXS --patch-level 2 --epoch-rate 0.67 \
     --scheduler --warmup-epochs 0.1 --decay-ratio 0.4 --lr 3e-3 --end-lr 1e-5 --global-batch-size 64 \
-    --dropout-p 0 --token-dropout-p 0 --ema --ema-decay 0.99 --log-every 25 --ckpt-every 500 "${GPT[@]}"
+    --dropout-p 0 --token-dropout-p 0 --ema --log-every 25 --ckpt-every 500 "${GPT[@]}"
 stage sample bash scripts/autoregressive/sample_c2i.sh --vq-ckpt "$RUN/tokenizer/vq.pt" --gpt-ckpt "$(newest_checkpoint)" \
     --cfg-scale "$CFG" --labels balanced --num-fid-samples "$SAMPLES" --per-proc-batch-size 500 --sample-dir "$RUN/samples"
 stage grid "$PYTHON" autoregressive/sample/sample_c2i.py --vq-ckpt "$RUN/tokenizer/vq.pt" --gpt-ckpt "$(newest_checkpoint)" \

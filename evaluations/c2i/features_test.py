@@ -1,0 +1,185 @@
+"""Exported networks: written and read, and refused where they are not what the evaluator can use."""
+
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from evaluations.c2i.features import Network, extract, save_network
+from utils import samples
+from utils.cli import InputError
+from utils.samples import Samples
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (11, 8, 6, 3), np.uint8)
+
+
+class Means(nn.Module):
+    """The mean colour as features, twice it and 1 as logits; an odd `kind` gives something else."""
+
+    def __init__(self, kind: str = "", scale: float = 2.0) -> None:
+        super().__init__()
+        self.kind = kind
+        self.scale = nn.Parameter(torch.tensor(scale))
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, images):
+        features = images.float().mean(dim=(1, 2))
+        logits = torch.cat([self.drop(features) * self.scale, torch.ones_like(features[:, :1])], dim=1)
+        return {
+            "": (features, logits),
+            "one output": features,
+            "three outputs": (features, logits, logits),
+            "maps": (images.float(), logits),
+            "classes": (features, logits.argmax(1)),
+            "whole numbers": (features.long(), logits),
+            "not finite": (features / 0, logits),
+            "batch mean": (features.mean(0, keepdim=True), logits),
+        }[self.kind]
+
+
+def export(path, module, example, *dynamic):
+    """By torch alone, as a user would; the named sizes of the image are free."""
+    sizes = {axis: torch.export.Dim(f"size{axis}", min=2) for axis in dynamic}
+    torch.export.save(torch.export.export(module.eval(), (example,), dynamic_shapes=({**sizes},)), path)
+    return path
+
+
+def samples_file(path, images=IMAGES) -> Samples:
+    samples.write(path, [images], images.shape, np.arange(len(images)))
+    return Samples(path)
+
+
+@pytest.fixture(scope="module")
+def means(tmp_path_factory):
+    """The file of Means() for images of 8x8."""
+    path = tmp_path_factory.mktemp("network") / "means.pt2"
+    save_network(path, Means(), 8, "mean-colour")
+    return path
+
+
+def test_round_trip(means):
+    network = Network.load(means)
+    assert (network.name, network.dimensions, network.classes) == ("mean-colour", 3, 4)
+    assert (network.height, network.width, len(network.sha256)) == (8, 8, 64)
+    images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), np.uint8)
+    for n in (1, 2, 7):
+        features, logits = network(images[:n])
+        assert features.dtype == logits.dtype == np.float32
+        np.testing.assert_allclose(features, images[:n].mean((1, 2)), rtol=1e-6)
+        np.testing.assert_allclose(logits, np.hstack([2 * features, np.ones((n, 1))]), rtol=1e-6)
+
+
+def test_the_same_network_makes_the_same_bytes(tmp_path):
+    """Whatever the file is called, so that its sha256 tells networks apart."""
+    for name in ("a.pt2", "b.pt2"):
+        save_network(tmp_path / name, Means(), 8, "mean-colour")
+    assert (tmp_path / "a.pt2").read_bytes() == (tmp_path / "b.pt2").read_bytes()
+
+
+def test_a_network_exported_by_torch_alone(tmp_path):
+    """It is named after its file, and may leave the size of its images open."""
+    path = export(tmp_path / "of-any-size.pt2", Means(), torch.zeros(2, 5, 7, 3, dtype=torch.uint8), 0, 1, 2)
+    network = Network.load(path)
+    assert (network.name, network.height, network.width) == ("of-any-size", None, None)
+    network.check_size(samples_file(tmp_path / "a.npz"))
+    np.testing.assert_allclose(network(IMAGES)[0], IMAGES.mean((1, 2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 11, 64])
+def test_extract_in_batches_of_any_size(tmp_path, batch_size):
+    path = export(tmp_path / "means.pt2", Means(), torch.zeros(2, 8, 6, 3, dtype=torch.uint8), 0)
+    features, logits = extract(Network.load(path), samples_file(tmp_path / "a.npz"), batch_size, show=False)
+    assert (features.shape, logits.shape) == ((11, 3), (11, 4))
+    np.testing.assert_allclose(features, IMAGES.mean((1, 2)), rtol=1e-6)
+
+
+def test_images_of_another_size(tmp_path, means):
+    with pytest.raises(
+        InputError, match=r"a\.npz holds images of 8x6, but mean-colour \(.*\) takes 8x8: give a --network"
+    ):
+        extract(Network.load(means), samples_file(tmp_path / "a.npz"))
+
+
+def test_features_that_are_not_finite(tmp_path):
+    path = export(tmp_path / "x.pt2", Means("not finite"), torch.zeros(2, 8, 6, 3, dtype=torch.uint8), 0)
+    with pytest.raises(InputError, match=r"x \(.*\) gives NaN or infinity for images of .*a\.npz"):
+        extract(Network.load(path), samples_file(tmp_path / "a.npz"), show=False)
+
+
+def test_missing(tmp_path):
+    with pytest.raises(InputError, match=r"there is no network .*x\.pt2; expected an exported program"):
+        Network.load(tmp_path / "x.pt2")
+
+
+def test_truncated_anywhere(tmp_path, means, caplog):
+    whole = means.read_bytes()
+    path = tmp_path / "cut.pt2"
+    for size in range(0, len(whole), len(whole) // 20):
+        path.write_bytes(whole[:size])
+        with pytest.raises(InputError, match=r"cut\.pt2 is damaged, truncated or not a \.pt2 file"):
+            Network.load(path)
+    assert not caplog.records  # torch's tracebacks
+
+
+def test_trap_a_damaged_weight(tmp_path):
+    """torch would load it."""
+    save_network(tmp_path / "a.pt2", Means(scale=1234.5), 8, "a")
+    data = bytearray((tmp_path / "a.pt2").read_bytes())
+    data[data.index(np.float32(1234.5).tobytes())] ^= 1
+    (tmp_path / "a.pt2").write_bytes(data)
+    with pytest.raises(InputError, match=r"a\.pt2 is damaged.*\(ValueError: the checksum of .* is wrong\)"):
+        Network.load(tmp_path / "a.pt2")
+
+
+def test_other_kinds_of_files(tmp_path):
+    with zipfile.ZipFile(tmp_path / "zip.pt2", "w") as archive:
+        archive.writestr("a", "b")
+    torch.save(Means().state_dict(), tmp_path / "weights.pt2")
+    torch.save(Means().state_dict(), tmp_path / "weights.pt")
+    for name in ("zip.pt2", "weights.pt2", "weights.pt"):
+        with pytest.raises(
+            InputError, match=rf"{name} is damaged, truncated or not a \.pt2 file \(.*; expected an exported"
+        ):
+            Network.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (torch.zeros(2, 8, 8, 3), r"takes float32 \(\?, 8, 8, 3\)"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"takes uint8 \(\?, 3, 8, 8\)"),
+        (torch.zeros(2, 8, 3, dtype=torch.uint8), r"takes uint8 \(\?, 8, 3\)"),
+    ],
+)
+def test_other_inputs(tmp_path, example, message):
+    class Sum(nn.Module):
+        def forward(self, images):
+            sums = images.float().flatten(1)
+            return sums, sums
+
+    with pytest.raises(InputError, match=message):
+        Network.load(export(tmp_path / "x.pt2", Sum(), example, 0))
+
+
+def test_a_fixed_batch(tmp_path):
+    path = export(tmp_path / "x.pt2", Means(), torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
+    with pytest.raises(InputError, match="takes batches of 2 only: export it with a dynamic first dimension"):
+        Network.load(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("one output", r"gives float32 \(\?, 3\); expected"),
+        ("three outputs", r"gives float32 \(\?, 3\) and float32 \(\?, 4\) and float32 \(\?, 4\); expected"),
+        ("maps", r"gives float32 \(\?, 8, 8, 3\) and float32 \(\?, 4\); expected"),
+        ("classes", r"gives float32 \(\?, 3\) and int64 \(\?\); expected"),
+        ("whole numbers", r"gives int64 \(\?, 3\) and float32 \(\?, 4\); expected"),
+        ("batch mean", r"gives float32 \(1, 3\) and float32 \(\?, 4\); expected"),
+    ],
+)
+def test_other_outputs(tmp_path, kind, message):
+    with pytest.raises(InputError, match=message):
+        Network.load(export(tmp_path / "x.pt2", Means(kind), torch.zeros(2, 8, 8, 3, dtype=torch.uint8), 0))
