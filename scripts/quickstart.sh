@@ -16,7 +16,7 @@ else
     RUN="${RUN:-runs/quickstart}"
     DATA=()                       TEST_IMAGES=5000 REFERENCE=10000 SAMPLES=5000
     CLASSIFIER=(--epochs 3)       TOKENIZER=(--epochs 1)
-    GPT=(--epochs 3 --val-images 1000 --ema-decay 0.99)
+    GPT=(--epochs 2 --val-images 1000 --ema-decay 0.99)
 fi
 CFG=2.0
 mkdir -p "$RUN/done"
@@ -50,7 +50,7 @@ stage codes bash scripts/autoregressive/extract_codes_c2i.sh --vq-ckpt "$RUN/tok
 stage test_codes bash scripts/autoregressive/extract_codes_c2i.sh --vq-ckpt "$RUN/tokenizer/vq.pt" --dataset fashion \
     --data-path "$RUN/images/test" --code-path "$RUN/codes/test" --image-size 32 --no-flip
 stage train bash scripts/autoregressive/train_c2i.sh --code-path "$RUN/codes/train" --val-code-path "$RUN/codes/test" \
-    --dataset fashion --image-size 32 --results-dir "$RUN/gpt" --gpt-model GPT-XXS --patch-level 2 --epoch-rate 0.67 \
+    --dataset fashion --image-size 32 --results-dir "$RUN/gpt" --gpt-model GPT-XXS --patch-level 2 --epoch-rate 0.5 \
     --scheduler --warmup-epochs 0.1 --decay-ratio 0.4 --lr 3e-3 --end-lr 1e-5 --global-batch-size 64 \
     --dropout-p 0 --token-dropout-p 0 --ema --log-every 25 --ckpt-every 500 "${GPT[@]}"
 stage sample bash scripts/autoregressive/sample_c2i.sh --vq-ckpt "$RUN/tokenizer/vq.pt" --gpt-ckpt "$(newest_checkpoint)" \
