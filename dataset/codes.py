@@ -6,6 +6,7 @@ Per image (published): `{i}.npy` (1, views, tokens) int64 and `{i}.npy` (1,) int
 """
 
 import json
+import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -106,7 +107,8 @@ class Writer:
 
     @property
     def finished(self) -> bool:
-        return self.place.manifest.is_file()
+        """Whether the manifest and every file is there."""
+        return self.place.manifest.is_file() and all(map(self.has, range(self.manifest.shards)))
 
     def has(self, shard: int) -> bool:
         """Whether a shard is complete."""
@@ -194,20 +196,39 @@ class Codes:
         self._labels = np.concatenate(labels)
 
     def _open_per_image(self) -> None:
-        pattern = re.compile(r"\d+\.npy")
-        names = [path.name for path in self.place.codes.iterdir() if pattern.fullmatch(path.name)]
-        if not names:
+        codes, labels = _sizes(self.place.codes), _sizes(self.place.labels)
+        if not codes:
             raise InputError(
                 f"{self.place.codes} holds no codes: expected 0.npy, 1.npy, ... or packed shards and a manifest"
             )
-        self._names = sorted(names, key=lambda name: int(name[:-4]))
-        self.images = len(names)
+        for name in sorted(codes.keys() ^ labels.keys())[:1]:
+            folder = self.place.labels if name in codes else self.place.codes
+            raise InputError(f"{folder / name} is missing: extract the codes again to restore it")
+        if self.manifest and len(codes) != self.manifest.images:
+            raise InputError(
+                f"{self.place.codes} holds {len(codes)} of {self.manifest.images} images: extract the codes again"
+            )
+        self._names = sorted(codes, key=lambda name: int(name[:-4]))
+        self.images = len(codes)
+        for folder, sizes in ((self.place.codes, codes), (self.place.labels, labels)):
+            for name in self._names:  # all files of a folder have one shape, so one size
+                if sizes[name] != sizes[self._names[0]]:
+                    _load(folder / name)
+                    raise InputError(f"{folder / name} has another size than {self._names[0]}: extract the codes again")
         first = _load(self.place.codes / self._names[0])
         if first.ndim != 3 or first.shape[0] != 1:
             raise InputError(
                 f"{self.place.codes / self._names[0]} has shape {first.shape}; expected (1, views, tokens)"
             )
         self.views, self.tokens = first.shape[1:]
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each `{i}.npy` of a folder."""
+    if not folder.is_dir():
+        return {}
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries if re.fullmatch(r"\d+\.npy", entry.name)}
 
 
 def _load(path: Path, mmap: bool = False) -> np.ndarray:

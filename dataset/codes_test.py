@@ -83,7 +83,19 @@ def test_a_truncated_file_is_named(tmp_path, layout):
     path = tmp_path / "toy32_codes" / ("00001.npy" if layout == "packed" else "11.npy")
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(InputError, match=f"{path.name} is truncated or damaged"):
-        Codes(tmp_path, "toy", 32).batch(np.array([11]))
+        Codes(tmp_path, "toy", 32)
+
+
+def test_a_missing_file_of_the_published_layout_is_named(tmp_path):
+    for folder in ("toy32_labels", "toy32_codes"):
+        write_codes(tmp_path / folder, "per-image")
+        (tmp_path / folder / folder / "12.npy").unlink()
+        with pytest.raises(InputError, match=f"{folder}/12.npy is missing"):
+            Codes(tmp_path / folder, "toy", 32)
+    for folder in ("toy32_labels", "toy32_codes"):
+        (tmp_path / "toy32_codes" / folder / "12.npy").unlink(missing_ok=True)
+    with pytest.raises(InputError, match="holds 22 of 23 images"):
+        Codes(tmp_path / "toy32_codes", "toy", 32)
 
 
 def test_a_missing_shard_is_named(tmp_path):

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ def read_idx(path: Path) -> np.ndarray:
     """A gzipped IDX file of bytes: magic (0, 0, 8, dimensions), big-endian sizes, data. InputError for anything else."""
     try:
         data = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} is truncated or not gzip ({error}): get it again") from None
     dimensions = data[3] if data[:3] == b"\0\0\x08" and len(data) > 3 else 0
     shape = tuple(np.frombuffer(data, ">i4", dimensions, 4)) if len(data) >= 4 + 4 * dimensions else ()

@@ -36,6 +36,11 @@ def run(main: Callable[[], None]) -> None:
         main()
     except InputError as error:
         fail(str(error).rsplit("InputError: ", 1)[-1])  # a DataLoader's worker puts its traceback in front
+    except RuntimeError as error:
+        if "Connection closed by peer" not in str(error):
+            raise
+        time.sleep(5)  # gloo says that another process has ended: it has said why, and the launcher ends this one
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

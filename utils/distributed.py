@@ -3,6 +3,7 @@
 import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -50,12 +51,12 @@ def world():
     else:
         device = torch.device("cpu")
     if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield World(rank, size, device)
-    finally:
-        if size > 1:
-            dist.destroy_process_group()
+        # Work between two meetings takes as long as it takes (whole shards, say): no timeout.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=30))
+    yield World(rank, size, device)
+    # Not after an error: leaving would end the other processes before this one can say what is wrong.
+    if size > 1:
+        dist.destroy_process_group()
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

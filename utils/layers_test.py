@@ -34,7 +34,7 @@ L1 = "patches gpt generate load schedule optim tokenizer dataset evaluations uti
 
 # The first row that matches a file is its room.
 ROOMS = {
-    "testing": Room("utils/testing.py", "utils"),
+    "testing": Room("utils/testing.py conftest.py", "utils"),
     "utils tests": Room("utils/*_test.py", "utils testing launcher"),
     "tests": Room("*_test.py", f"{L1} helpers stages scripts testing launcher"),
     # L3

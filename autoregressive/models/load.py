@@ -23,11 +23,14 @@ def load_gpt(
         raise InputError(f"{path} does not say which model it is; give --gpt-model, one of {', '.join(PRESETS)}")
     if config is None:
         config = preset(gpt_model, **published)
-    elif gpt_model is None:
-        config = GPTConfig(**config)
     else:
-        shared = ("vocab_size", "num_classes", "block_size")
-        config = preset(gpt_model, **{key: config[key] for key in shared})
+        try:
+            config = GPTConfig(**config)
+        except TypeError as error:
+            raise InputError(f"{path} is no GPT of this code: its config does not fit ({error})") from None
+        if gpt_model is not None:
+            shared = ("vocab_size", "num_classes", "block_size")
+            config = preset(gpt_model, **{key: getattr(config, key) for key in shared})
     if weights == "auto":
         weights = "ema" if "ema" in content else "model"
     model = Transformer(config)

@@ -80,7 +80,7 @@ def refuse_other_settings(path: Path, wanted: dict) -> None:
 
 def draw_parts(pipeline: Pipeline, labels: np.ndarray, parts: list[tuple[Path, slice]], seed: int, here: World) -> None:
     """Draw this process's batches that are not there yet, each into a file of its own."""
-    missing = [(path, part) for path, part in parts if not path.is_file()][here.rank :: here.size]
+    missing = [(path, part) for path, part in parts[here.rank :: here.size] if not path.is_file()]
     size = sum(part.stop - part.start for _, part in missing)
     with progress(total=size, desc="drawing", unit=" images", show=here.is_main) as bar:
         for path, part in missing:

@@ -138,13 +138,22 @@ class TestWrongInputs:
         broken.write_bytes(vq_ckpt.read_bytes()[:4000])
         self.refused(images, broken, tmp_path, (), "broken.pt", "truncated")
 
-    @pytest.mark.parametrize("workers", ["0", "1"])
-    def test_a_truncated_image_is_named(self, images, vq_ckpt, tmp_path, workers):
+    @pytest.mark.parametrize(("workers", "processes"), [("0", 1), ("1", 1), ("0", 2)])
+    def test_a_truncated_image_is_named(self, images, vq_ckpt, tmp_path, workers, processes):
+        """Also by the second of two processes, which has it in its shard."""
         (tmp_path / "a").mkdir()
-        source = Path(ImageFolder(images).paths[0])
-        (tmp_path / "a" / "cut.png").write_bytes(source.read_bytes()[:-40])
-        result = extract(tmp_path, vq_ckpt, tmp_path / "out", "--num-workers", workers)
-        assert_refused(result, "cut.png cannot be read as an image")
+        source = Path(ImageFolder(images).paths[0]).read_bytes()
+        for i in range(5):
+            (tmp_path / "a" / f"{i}.png").write_bytes(source if i < 4 else source[:-40])
+        result = extract(tmp_path, vq_ckpt, tmp_path / "out", "--num-workers", workers, processes=processes)
+        assert_refused(result, "4.png cannot be read as an image")
+
+    def test_a_lost_shard_is_restored_by_the_same_command(self, images, vq_ckpt, tmp_path):
+        assert extract(images, vq_ckpt, tmp_path).returncode == 0
+        whole = contents(tmp_path)
+        (tmp_path / "toy16_codes" / "00001.npy").unlink()
+        assert extract(images, vq_ckpt, tmp_path).returncode == 0
+        assert contents(tmp_path) == whole
 
     def test_codes_of_other_settings_are_not_mixed(self, images, vq_ckpt, tmp_path):
         assert extract(images, vq_ckpt, tmp_path).returncode == 0

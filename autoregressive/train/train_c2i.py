@@ -53,12 +53,17 @@ def parse() -> Namespace:
     add("--gpt-ckpt", type=cli.existing_file, help="start from these weights (a new schedule and optimizer)")
     add("--vocab-size", type=cli.positive_int, help="default: the codebook's, from the manifest; 16384 without one")
     add("--num-classes", type=cli.positive_int, help="default: from the manifest; 1000 without one")
-    add("--dropout-p", type=cli.fraction, default=0.1, help="dropout of both branches of a block")
+    add(
+        "--dropout-p",
+        type=cli.fraction,
+        default=0.1,
+        help="dropout of both branches of a block; none with --drop-path-rate",
+    )
     add("--token-dropout-p", type=cli.fraction, default=0.1, help="dropout of the embedded input")
     add("--drop-path-rate", type=cli.fraction, default=0.0, help="stochastic depth, rising to this at the last block")
     add("--class-dropout-p", type=cli.fraction, default=0.1, help="labels replaced by the null class, for guidance")
 
-    add("--patch-level", type=cli.positive_int, default=1, help="levels: patch sides 2**(n-1) .. 1; 1 is next-token")
+    add("--patch-level", type=cli.positive_int, default=2, help="levels: patch sides 2**(n-1) .. 1; 1 is next-token")
     add("--epoch-rate", type=cli.positive_fraction, default=0.5, help="levels end at epochs * rate**i")
     add("--epochs", type=cli.positive_int, default=300)
     add("--scheduler", action="store_true", help="warm-up and decay in each level; constant --lr without it")
@@ -122,6 +127,7 @@ def plan(args: Namespace, codes: Codes) -> list[Stage]:
 def gpt_config(args: Namespace, codes: Codes) -> GPTConfig:
     """The preset, with the data's vocabulary, classes and grid, and the training dropouts."""
     manifest = codes.manifest
+    dropout = 0.0 if args.drop_path_rate else args.dropout_p  # one or the other, as published
     classes = args.num_classes or (len(manifest.classes) if manifest else 0) or 1000
     _, labels = codes.batch(np.arange(0, len(codes), max(1, len(codes) // 1000)))
     if labels.min() < 0 or labels.max() >= classes:
@@ -135,8 +141,8 @@ def gpt_config(args: Namespace, codes: Codes) -> GPTConfig:
         num_classes=classes,
         block_size=codes.tokens,
         token_dropout_p=args.token_dropout_p,
-        resid_dropout_p=args.dropout_p,
-        ffn_dropout_p=args.dropout_p,
+        resid_dropout_p=dropout,
+        ffn_dropout_p=dropout,
         drop_path_rate=args.drop_path_rate,
     )
 
@@ -274,12 +280,14 @@ class Trainer:
             for selection in selections:
                 self.train_step(self.batches(selection), stage.patch)
                 bar.update()
-                end_of_level = self.step == stage.stop * self.steps_per_epoch
-                if self.step % args.log_every == 0 or self.step == 1 or end_of_level:
+                end_of_epoch = self.step % self.steps_per_epoch == 0
+                due = self.step % args.ckpt_every == 0 or self.step == stage.stop * self.steps_per_epoch
+                if due or self.step % args.log_every == 0 or self.step == 1:
                     self.report(bar, epoch, stage.patch)
-                if self.step % args.ckpt_every == 0 or end_of_level:
+                if end_of_epoch:
+                    self.validate(epoch, stage.patch)
+                if due:
                     self.save()
-            self.validate(epoch, stage.patch)
         bar.close()
 
     def train_step(self, batches: list[tuple[torch.Tensor, torch.Tensor]], patch: int) -> None:
@@ -300,15 +308,16 @@ class Trainer:
         """The mean loss since the last report, over all processes; a loss that is not finite stops the run."""
         loss = (self.here.sum(torch.stack(self.recent).mean()) / self.here.size).item()
         first = self.step - len(self.recent) + 1
-        if not np.isfinite(loss):
+        norm = float(self.grad_norm)
+        if not np.isfinite(loss) or not (np.isfinite(norm) or self.scaler):  # a scaler skips such a step
             kept = sorted((self.run.folder / "checkpoints").glob("*.pt"))
             raise SystemExit(
-                f"the loss is {loss} between steps {first} and {self.step}: the run stops; "
+                f"the loss is {loss} between steps {first} and {self.step} (gradient norm {norm}): the run stops; "
                 f"the last good checkpoint is {kept[-1] if kept else 'none'}; try a lower --lr or --max-grad-norm"
             )
         images = len(self.recent) * self.args.global_batch_size / (time.perf_counter() - self.since)
         self.recent, self.since = [], time.perf_counter()
-        row = {"loss": loss, "lr": self.lr, "grad_norm": float(self.grad_norm), "images_per_s": round(images, 2)}
+        row = {"loss": loss, "lr": self.lr, "grad_norm": norm, "images_per_s": round(images, 2)}
         self.log.metrics(step=self.step, epoch=epoch, patch=patch, **row)
         bar.set_description(f"{patch}x{patch} epoch {epoch}")
         bar.set_postfix_str(f"loss {loss:.3f}, lr {self.lr:.1e}, |g| {row['grad_norm']:.2f}, {images:.0f} images/s")
@@ -317,7 +326,8 @@ class Trainer:
         """Held-out loss at the token level, and at this level's patch side, of the raw weights (and the EMA's)."""
         if not self.val:
             return
-        batch = max(1, self.args.global_batch_size // self.here.size)
+        start = time.perf_counter()
+        batch = max(1, self.args.global_batch_size // (self.here.size * self.args.gradient_accumulation_steps))
         loss = partial(
             validation_loss, codes=self.val, images=self.args.val_images, batch=batch, here=self.here, amp=self.amp
         )
@@ -329,7 +339,7 @@ class Trainer:
         self.log.metrics(step=self.step, epoch=epoch, patch=patch, **row)
         words = ", ".join(f"{key} {value:.4f}" for key, value in row.items())
         self.log.line(f"epoch {epoch} ({patch}x{patch}), step {self.step}: {words}")
-        self.since = time.perf_counter()
+        self.since += time.perf_counter() - start
 
 
 def draw_losses(run: Run, stages: Sequence[Stage], steps_per_epoch: int) -> None:

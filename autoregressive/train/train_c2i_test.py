@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -158,10 +159,10 @@ class TestRun:
 
 
 def test_two_processes_give_the_losses_of_one(code_path, tmp_path):
-    """Same global batch, views and dropped labels; dropout is off because its masks belong to a process."""
-    flags = ("--dropout-p", "0", "--token-dropout-p", "0")
+    """Same global batch, views and dropped labels, also in parts; dropout is off, its masks belong to a process."""
+    flags = ("--dropout-p", "0", "--token-dropout-p", "0", "--gradient-accumulation-steps")
     for processes in (1, 2):
-        result = train(code_path, tmp_path / str(processes), *flags, processes=processes)
+        result = train(code_path, tmp_path / str(processes), *flags, processes, processes=processes)
         assert result.returncode == 0, result.stderr
     one, two = (tmp_path / str(n) / "000-GPT-XXS" for n in (1, 2))
     for key in ("loss", "grad_norm", "val_loss"):
@@ -179,7 +180,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(code_path, tmp_path):
     """And the message names the steps."""
     result = train(code_path, tmp_path, "--lr", "1e30", "--max-grad-norm", "0")
     assert result.returncode == 1
-    assert "the loss is nan between steps" in result.stderr or "the loss is inf between steps" in result.stderr
+    stopped = re.search(r"the loss is (\S+) between steps \d+ and \d+ \(gradient norm (\S+)\)", result.stderr)
+    assert stopped, result.stderr
+    assert not all(math.isfinite(float(value)) for value in stopped.groups())
     assert "Traceback" not in result.stderr
 
 

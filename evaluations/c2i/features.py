@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 from utils.cli import InputError
 from utils.files import atomic_path, sha256
@@ -61,7 +62,7 @@ class Network:
         _, height, width, _ = _check_input(path, program)
         features, logits = _check_outputs(path, program)
         if device.type != "cpu":
-            program = torch.export.passes.move_to_device_pass(program, device)
+            program = move_to_device_pass(program, device)
         return cls(
             name=name or path.stem, path=path, sha256=sha256(path),
             height=_fixed(height), width=_fixed(width), dimensions=features[1], classes=logits[1],

@@ -31,7 +31,7 @@ from evaluations.c2i.metrics import class_accuracy
 from evaluations.c2i.reading import read_batches
 from utils import cli, streams
 from utils.distributed import world
-from utils.files import sha256, write_json
+from utils.files import atomic_path, write_json
 from utils.log import progress
 
 WARMUP = 0.2  # of the run
@@ -202,13 +202,15 @@ def main() -> None:
     images, val_images = (read_all(part, settings.image_size) for part in (folder, val))
     with world() as here:
         model = train(settings, images, folder.labels, len(folder.classes), here.device)
-        save_network(out, fused(model), settings.image_size, settings.name)
-        correct = accuracy(Network.load(out, here.device), val_images, val.labels)
-    record = {
-        "settings": settings.plain(), "classes": folder.classes, "images": len(folder), "val_images": len(val),
-        "val_accuracy": correct, "sha256": sha256(out), "seconds": round(time.monotonic() - start, 1),
-    }  # fmt: skip
-    write_json(out.with_suffix(".json"), record)
+        with atomic_path(out) as temporary:  # it gets its name when its record is there
+            save_network(temporary, fused(model), settings.image_size, settings.name)
+            network = Network.load(temporary, here.device)
+            correct = accuracy(network, val_images, val.labels)
+            record = {
+                "settings": settings.plain(), "classes": folder.classes, "images": len(folder), "val_images": len(val),
+                "val_accuracy": correct, "sha256": network.sha256, "seconds": round(time.monotonic() - start, 1),
+            }  # fmt: skip
+            write_json(out.with_suffix(".json"), record)
     print(f"wrote {out}: {correct:.2%} of {len(val)} validation images right, {record['seconds']:.0f} s")
 
 

@@ -216,7 +216,7 @@ def test_wrong_inputs_are_refused_before_any_work(images, finished, tmp_path):
     refused({"global_batch_size": 7}, "--global-batch-size 7 is not divisible by 2 processes", processes=2)
 
 
-def test_wrong_tokenizer_files(finished, tmp_path):
+def test_wrong_tokenizer_files(images, finished, tmp_path):
     with pytest.raises(ValueError, match=r"loaded as VQ-16\) does not fit this model: encoder.conv_in.weight is"):
         load_tokenizer(finished / "vq.pt", "VQ-16")
     with pytest.raises(ValueError, match="there is no tokenizer VQ-4; choose one of VQ-16"):
@@ -227,6 +227,6 @@ def test_wrong_tokenizer_files(finished, tmp_path):
         load_tokenizer(tmp_path / "bare.pt")
     (tmp_path / "cut.pt").write_bytes((finished / "vq.pt").read_bytes()[:5000])
     result = run_script(
-        RECONSTRUCT, "--data-path", finished, "--vq-ckpt", tmp_path / "cut.pt", "--image-size", 16
+        RECONSTRUCT, "--data-path", images, "--vq-ckpt", tmp_path / "cut.pt", "--image-size", 16
     )  # fmt: skip
-    assert_refused(result)
+    assert_refused(result, "cut.pt", "truncated")
