@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from dataset.images import VIEWS, ImageFolder, center_crop, image_views, load_image
+from dataset.images import VIEWS, ImageFolder, center_crop, image_views, load_image, load_images
 from utils.cli import InputError
 from utils.pixels import to_float
 
@@ -99,3 +99,14 @@ def test_refusals(tmp_path):
     broken.write_bytes(broken.read_bytes()[:-30])
     with pytest.raises(InputError, match=r"z\.png cannot be read as an image"):
         load_image(broken, 4)
+
+
+@pytest.mark.parametrize("small_file", [0, 1 << 30])
+def test_many_images_come_in_order_with_threads_and_without(tmp_path, monkeypatch, small_file):
+    monkeypatch.setattr("dataset.images.SMALL_FILE", small_file)
+    paths = [str(tmp_path / f"{i}.png") for i in range(11)]
+    for i, path in enumerate(paths):
+        Image.new("RGB", (5, 7), (i, 2 * i, 3 * i)).save(path)
+    batches = list(load_images(paths, 4, batch=4))
+    assert [len(batch) for batch in batches] == [4, 4, 3]
+    assert np.array_equal(np.concatenate(batches), np.stack([load_image(path, 4) for path in paths]))

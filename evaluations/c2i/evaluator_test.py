@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dataset.images import load_image
 from evaluations.c2i import evaluator, reference, train_classifier
 from evaluations.c2i.classifier import Classifier, fused
 from evaluations.c2i.features import save_network
@@ -42,7 +43,7 @@ def made(tmp_path_factory):
     ):  # fmt: skip
         result = run_script(*command)
         assert result.returncode == 0, result.stderr
-    images = [reference.load_image(path, 16) for path in sorted(val.rglob("*.png"))]
+    images = [load_image(path, 16) for path in sorted(val.rglob("*.png"))]
     samples.write(root / "val.npz", [np.stack(images)], (60, 16, 16, 3), np.arange(60) // 20)
     return root
 

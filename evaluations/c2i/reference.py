@@ -7,13 +7,11 @@ Image i of n is image i * N // n of the sorted folder of N, so every class has i
 """
 
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from dataset.images import ImageFolder, load_image
-from evaluations.c2i.reading import read_batches
+from dataset.images import ImageFolder, load_images
 from utils import cli, samples
 from utils.samples import Samples
 
@@ -56,7 +54,7 @@ def main() -> None:
     if is_there(args.out, shape, labels_N):
         print(f"{args.out} is complete already")
         return
-    batches = read_batches([folder.paths[i] for i in chosen], partial(load_image, size=size))
+    batches = load_images([folder.paths[i] for i in chosen], size)
     samples.write(args.out, batches, shape, labels_N)
     print(f"wrote {args.out}: {n} images of {size} px in {len(folder.classes)} classes")
 

@@ -15,7 +15,6 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataset.images import ImageFolder, load_image
+from dataset.images import ImageFolder, load_images
 from evaluations.c2i.classifier import Classifier, fused, shifted
 from evaluations.c2i.features import Network, save_network
 from evaluations.c2i.metrics import class_accuracy
-from evaluations.c2i.reading import read_batches
 from utils import cli, streams
 from utils.distributed import world
 from utils.files import atomic_path, write_json
@@ -129,7 +127,7 @@ def read_all(folder: ImageFolder, size: int) -> np.ndarray:
     """All images of a folder: uint8 (N, size, size, 3)."""
     images_NHWC = np.empty((len(folder), size, size, 3), np.uint8)
     done = 0
-    for batch in read_batches(folder.paths, partial(load_image, size=size)):
+    for batch in load_images(folder.paths, size):
         images_NHWC[done : done + len(batch)] = batch
         done += len(batch)
     return images_NHWC

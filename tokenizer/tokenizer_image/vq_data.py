@@ -1,17 +1,14 @@
 """Batches of crops for tokenizer training: from RAM where the whole set fits, else read by worker processes."""
 
-import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dataset.images import ImageFolder, load_image
+from dataset.images import ImageFolder, load_image, load_images
 from dataset.sampler import Selection
-from utils.log import progress
 
 CACHE_BYTES = 1_000_000_000
 
@@ -47,12 +44,12 @@ class ReadBatches:
 class CachedBatches:
     """Decodes every image once and keeps it."""
 
-    def __init__(self, crops: Crops, workers: int, show: bool) -> None:
+    def __init__(self, crops: Crops, show: bool) -> None:
         self.images = torch.empty((len(crops), crops.size, crops.size, 3), dtype=torch.uint8)
-        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-            decoded = pool.map(lambda i: crops[i, 0], range(len(crops)), chunksize=256)
-            for i, image in enumerate(progress(decoded, total=len(crops), desc="reading", unit=" images", show=show)):
-                self.images[i] = image
+        done = 0
+        for batch in load_images(crops.folder.paths, crops.size, show=show):
+            self.images[done : done + len(batch)] = torch.from_numpy(batch)
+            done += len(batch)
 
     def __call__(self, selections: Iterable[Selection]) -> Iterator[Tensor]:
         """Selections (indices, views: 1 is mirrored) -> uint8 (B, size, size, 3)."""
@@ -67,4 +64,4 @@ def batches_of(folder: ImageFolder, size: int, workers: int, show: bool) -> Read
     """What turns selections into batches: a cache if the crops take at most a gigabyte."""
     crops = Crops(folder, size)
     cached = len(folder) * size * size * 3 <= CACHE_BYTES
-    return CachedBatches(crops, workers, show) if cached else ReadBatches(crops, workers)
+    return CachedBatches(crops, show) if cached else ReadBatches(crops, workers)

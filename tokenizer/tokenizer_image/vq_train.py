@@ -88,7 +88,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     add("--data-path", type=cli.existing_folder, required=True, help="an ImageFolder: one folder of images a class")
     add("--image-size", type=cli.positive_int, default=256)
     add("--no-flip", action="store_true", help="don't mirror half of the images")
-    add("--num-workers", type=cli.count, default=4, help="processes (threads for a set that fits in RAM) that read")
+    add("--num-workers", type=cli.count, default=4, help="processes that read a set too large for RAM")
 
     add("--vq-model", choices=PRESETS, default="VQ-16")
     add("--vq-ckpt", type=cli.existing_file, help="start from these weights (a new schedule and optimizer)")
