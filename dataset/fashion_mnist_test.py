@@ -82,6 +82,11 @@ def test_wrong_files(source, tmp_path):
     cut.write_bytes((source / "t10k-images-idx3-ubyte.gz").read_bytes()[:-20])
     with pytest.raises(InputError, match="truncated or not gzip"):
         fashion_mnist.read_idx(cut)
+    damaged = bytearray((source / "t10k-labels-idx1-ubyte.gz").read_bytes())
+    damaged[12] ^= 0xFF
+    cut.write_bytes(damaged)
+    with pytest.raises(InputError, match="truncated or not gzip"):
+        fashion_mnist.read_idx(cut)
     for content in (b"", b"\0\0\x08", b"\0\0\x08\x01\0\0", b"\0\0\x08\x01\0\0\0\x05abc", b"\0\0\x0d\x01\0\0\0\0"):
         cut.write_bytes(gzip.compress(content))
         with pytest.raises(InputError, match="not an IDX file of bytes, or is cut short"):

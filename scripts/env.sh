@@ -7,8 +7,8 @@ elif [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python
 else PYTHON=python3
 fi
 
-# Idle OpenMP threads go to sleep after so many rounds. The default is 300,000, which lets a program that keeps one of two
-# cores busy slow decoding down from 0.7 to 27 s; 20,000 costs about 3 % on idle cores and makes it 8 s.
+# Idle OpenMP threads go to sleep after so many rounds. By default they spin so long that on two cores one busy
+# program slows everything down several times; fewer rounds soften that, far fewer would cost time on idle cores.
 export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-20000}"
 
 # Make the environment of the active virtual environment, or of ./.venv, complete. Does nothing when it is.

@@ -169,6 +169,15 @@ def test_two_processes_give_the_losses_of_one(code_path, tmp_path):
         np.testing.assert_allclose(rows(one, key), rows(two, key), rtol=1e-4)
 
 
+def test_drop_path_takes_the_place_of_dropout(code_path, tmp_path):
+    """As published; the dropout of the embedded input stays."""
+    result = train(code_path, tmp_path, "--drop-path-rate", "0.2", "--epochs", "1")
+    assert result.returncode == 0, result.stderr
+    config = checkpoint.load(tmp_path / "000-GPT-XXS" / "checkpoints" / "0000006.pt")["config"]
+    assert (config["drop_path_rate"], config["resid_dropout_p"], config["ffn_dropout_p"]) == (0.2, 0, 0)
+    assert config["token_dropout_p"] == 0.1
+
+
 def test_start_from_given_weights(finished, code_path, tmp_path):
     start = finished[0] / "checkpoints" / "0000024.pt"
     result = train(code_path, tmp_path, "--gpt-ckpt", start, "--lr", "1e-9")

@@ -71,6 +71,12 @@ def test_round_trip(means):
         np.testing.assert_allclose(logits, np.hstack([2 * features, np.ones((n, 1))]), rtol=1e-6)
 
 
+def test_a_network_moves_to_another_device(means):
+    """The meta device stands for a GPU."""
+    network = Network.load(means, "meta")
+    assert {value.device.type for value in network.module.state_dict().values()} == {"meta"}
+
+
 def test_the_same_network_makes_the_same_bytes(tmp_path):
     """Whatever the file is called, so that its sha256 tells networks apart."""
     for name in ("a.pt2", "b.pt2"):
