@@ -1,10 +1,14 @@
 """A user's mistake is one line and exit status 2."""
 
 import argparse
+import os
+import subprocess
+import sys
 
 import pytest
 
 from utils import cli
+from utils.testing import ROOT
 
 
 @pytest.mark.parametrize(
@@ -95,3 +99,38 @@ def test_another_process_of_the_machine_lets_the_first_speak(capsys, monkeypatch
     monkeypatch.setattr("time.sleep", waited.append)
     assert refusal(capsys, lambda: cli.fail("no")) == "error: no\n"
     assert waited and waited[0] > 1
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "err"),
+    [
+        ("pass", 0, ""),
+        ("raise SystemExit('stopped')", 1, "stopped\n"),
+        ("raise cli.InputError('there is no x')", 2, "error: there is no x\n"),
+        ("raise ValueError('a bug')", 1, "ValueError: a bug\n"),
+    ],
+)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_one_of_several_processes_ends_without_the_interpreters_farewell(ending, status, err, processes):
+    """Where gloo's threads could abort it; its output and its other threads' work are not lost."""
+    code = f"""
+import atexit, threading, time
+from utils import cli
+
+def late():
+    time.sleep(0.2)
+    print("copied")
+
+def main():
+    atexit.register(print, "farewell")
+    threading.Thread(target=late).start()
+    {ending}
+
+cli.run(main)
+"""
+    environment = {**os.environ, "WORLD_SIZE": str(processes)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout) == (status, "copied\nfarewell\n" if processes == 1 else "copied\n")
+    assert result.stderr.endswith(err)
