@@ -8,6 +8,8 @@ import numpy as np
 
 from utils import streams
 
+STEPS_AT_ONCE = 64  # drawn together: the keys of a draw take longer to absorb than one step's numbers
+
 
 class Selection(NamedTuple):
     """One process's part of a global batch, (B,) each."""
@@ -30,8 +32,10 @@ def epoch_batches(
 ) -> Iterator[Selection]:
     """The batches of an epoch from first_step on; `part` is this process's slice of each. The last, short batch is left out."""
     order = streams.permutation(images, seed, streams.ORDER, epoch)
-    for step in range(first_step, images // global_batch):
-        indices = order[step * global_batch : (step + 1) * global_batch][part]
-        view = (streams.uniform(seed, streams.VIEW, epoch, indices) * views).astype(np.int64)
-        dropped = streams.uniform(seed, streams.LABEL_DROP, epoch, indices) < label_drop
-        yield Selection(indices, view, dropped)
+    steps = images // global_batch
+    order_SG = order[: steps * global_batch].reshape(steps, global_batch)
+    for start in range(first_step, steps, STEPS_AT_ONCE):
+        indices_SB = order_SG[start : start + STEPS_AT_ONCE, part]
+        view_SB = (streams.uniform(seed, streams.VIEW, epoch, indices_SB) * views).astype(np.int64)
+        dropped_SB = streams.uniform(seed, streams.LABEL_DROP, epoch, indices_SB) < label_drop
+        yield from map(Selection, indices_SB, view_SB, dropped_SB)
