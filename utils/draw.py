@@ -57,7 +57,9 @@ def curves(
         axes.annotate(word, (x, 1), xycoords=("data", "axes fraction"), xytext=(4, -12), textcoords="offset points")
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.margins(y=0.12)  # room for the boundaries' words
+    if len(series) > 1:
+        axes.legend()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)
     pyplot.close(figure)

@@ -2,12 +2,16 @@
 
 From the environment, as torchrun has it: NPROC_PER_NODE (default: the number of GPUs, 1 without), NNODES, NODE_RANK,
 MASTER_ADDR, MASTER_PORT. A single process runs in place. Exit status: the script's own, also behind torchrun.
+SIGTERM and Ctrl-C go to the processes, which end as they see fit.
 """
 
 import argparse
 import os
 import runpy
+import signal
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -23,6 +27,14 @@ def from_environment(name: str, default: int) -> int:
         return positive_int(os.environ.get(name) or str(default))
     except argparse.ArgumentTypeError as error:
         fail(f"{name} in the environment: {error}")
+
+
+def pass_on(number: int, _frame: object) -> None:
+    """Signal handler: hand a signal to this process's children, the workers."""
+    for task in Path("/proc/self/task").iterdir():
+        for child in (task / "children").read_text().split():
+            with suppress(ProcessLookupError):
+                os.kill(int(child), number)
 
 
 def main() -> None:
@@ -44,10 +56,16 @@ def main() -> None:
         where += ["--standalone"]
     # torchrun gives each process one thread unless told; share the cores instead.
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    options = get_args_parser().parse_args([*where, script, *arguments])
+    if hasattr(options, "signals_to_handle"):  # older versions end the workers themselves
+        options.signals_to_handle = "SIGHUP,SIGQUIT"
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, pass_on)
     try:
-        torchrun(get_args_parser().parse_args([*where, script, *arguments]))
+        torchrun(options)
     except ChildFailedError as error:
-        sys.exit(max(1, error.get_first_failure()[1].exitcode))
+        code = error.get_first_failure()[1].exitcode
+        sys.exit(code if code > 0 else 128 - code)
 
 
 if __name__ == "__main__":

@@ -30,32 +30,38 @@ class Room(NamedTuple):
     entry: bool | None = False
 
 
-L1 = "patches gpt generate load schedule optim tokenizer dataset evaluations utils"
+L1 = "patches gpt generate load schedule plan optim tokenizer dataset evaluations utils"
 
 # The first row that matches a file is its room.
 ROOMS = {
     "testing": Room("utils/testing.py conftest.py", "utils"),
+    "toy": Room("dataset/codes/toy.py autoregressive/train/toy.py", "dataset toy"),
     "utils tests": Room("utils/*_test.py", "utils testing launcher"),
-    "tests": Room("*_test.py", f"{L1} helpers stages scripts testing launcher"),
+    "tests": Room("*_test.py", f"{L1} helpers stages scripts testing toy launcher"),
     # L3
-    "scripts": Room("scripts/*.py", f"{L1} helpers stages scripts", entry=None),
+    "scripts": Room("scripts/*.py", f"{L1} helpers stages scripts toy", entry=None),
     # L2: stages meet only in files
     "stages": Room(
         "autoregressive/train/extract_codes_c2i.py autoregressive/train/train_c2i.py autoregressive/sample/sample_c2i*.py "
         "tokenizer/tokenizer_image/vq_train.py tokenizer/tokenizer_image/reconstruction_vq_ddp.py "
-        "dataset/fashion_mnist.py evaluations/c2i/evaluator.py evaluations/c2i/reference.py "
+        "dataset/fashion_mnist.py dataset/codes/__main__.py evaluations/c2i/evaluator.py evaluations/c2i/reference.py "
         "evaluations/c2i/train_classifier.py",
         f"{L1} helpers",
         entry=True,
     ),
-    "helpers": Room("autoregressive/sample/pipeline.py tokenizer/tokenizer_image/vq_data.py", L1),
+    "helpers": Room(
+        "autoregressive/train/trainer.py autoregressive/train/preview.py autoregressive/sample/pipeline.py "
+        "tokenizer/tokenizer_image/vq_data.py",
+        L1,
+    ),
     # L1
     "patches": Room("autoregressive/models/patches.py", "", {"torch"}),
     "gpt": Room("autoregressive/models/gpt.py", "patches", {"torch"}),
     "generate": Room("autoregressive/models/generate.py", "gpt utils"),
     "load": Room("autoregressive/models/load.py", "gpt utils"),
     "schedule": Room("autoregressive/train/schedule.py", "", set()),
-    "optim": Room("autoregressive/train/optim.py", "patches utils"),
+    "plan": Room("autoregressive/train/plan.py", "schedule utils"),
+    "optim": Room("autoregressive/train/optim.py", "gpt patches utils"),
     "tokenizer": Room("tokenizer/tokenizer_image/*.py", "tokenizer utils"),
     "dataset": Room("dataset/*.py", "dataset utils"),
     "evaluations": Room("evaluations/c2i/*.py", "evaluations utils"),
@@ -88,8 +94,12 @@ def imported(tree: ast.AST) -> Iterator[tuple[str, ...]]:
 
 
 def resolve(names: tuple[str, ...], path: str) -> str | None:
-    """The project's file behind an import in the file `path` (also one beside it by its bare name); None if outside."""
-    candidates = [".".join(names[:n]).replace(".", "/") + ".py" for n in range(len(names), 0, -1)]
+    """The project's file behind an import in the file `path` (also one beside it by its bare name); None if outside.
+
+    A package is its `__init__.py`; a module's name taken from a package is the module.
+    """
+    modules = [".".join(names[:n]).replace(".", "/") for n in range(len(names), 0, -1)]
+    candidates = [module + ending for module in modules for ending in (".py", "/__init__.py")]
     beside = Path(path).with_name(names[0].split(".")[0] + ".py").as_posix()
     return next((file for file in (*candidates, beside) if file in project_files()), None)
 
@@ -165,6 +175,10 @@ def test_the_house_keeps_its_rules():
         ("dataset/new.py", "from utils.nowhere import x", "utils.nowhere.x is not a file of the project"),
         ("dataset/new.py", "if __name__ == '__main__':\n    pass", "dataset may not have an `if __name__"),
         ("dataset/fashion_mnist.py", "", "stages must have an `if __name__"),
+        ("dataset/codes/__main__.py", "", "stages must have an `if __name__"),
+        ("dataset/codes/new.py", "import dataset.codes.__main__", "dataset may not import stages"),
+        ("dataset/codes/new.py", "from dataset.codes import toy", "dataset may not import toy"),
+        ("dataset/codes/new.py", "import tokenizer.tokenizer_image.load", "dataset may not import tokenizer"),
         ("scripts/new.py", "import sys\nsys.path.insert(0, '.')", "touches sys.path"),
         ("scripts/new.py", "from sys import path", "touches sys.path"),
         ("scripts/profile.py", "", "hides a module of the standard library"),
@@ -180,6 +194,7 @@ def test_what_is_allowed_is_left_alone():
     )
     assert not violations("autoregressive/train/schedule.py", "from typing import NamedTuple")
     assert not violations("scripts/benchmark/new.py", "from card import card\nimport autoregressive.train.train_c2i")
+    assert not violations("dataset/codes/new.py", "from dataset.codes import manifest\nimport dataset.codes")
     assert not violations("dataset/new.py", "import sys, numpy\nfrom dataset.codes import Codes\nprint(sys.argv)")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from utils.cli import InputError
 from utils.files import atomic_path
 
 
@@ -19,12 +20,16 @@ def progress(items: Iterable | None = None, *, show: bool = True, **options: Any
 
 
 class RunLog:
-    """Lines and metrics of a run in `folder`; silent (and writing nothing) where `active` is False."""
+    """Lines and metrics of a run in `folder`; silent (and writing nothing) where `active` is False.
 
-    def __init__(self, folder: str | Path, active: bool = True) -> None:
+    tensorboard: write metrics as events into folder/tensorboard too. Raises InputError where that is not installed.
+    """
+
+    def __init__(self, folder: str | Path, active: bool = True, tensorboard: bool = False) -> None:
         self.folder, self.active = Path(folder), active
         if active:
             self.folder.mkdir(parents=True, exist_ok=True)
+        self._events = event_writer()(self.folder / "tensorboard") if active and tensorboard else None
 
     def line(self, text: str) -> None:
         """Print a line (above any progress bar) and append it, with the time, to log.txt."""
@@ -34,10 +39,23 @@ class RunLog:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def metrics(self, **values: Any) -> None:
-        """Append one JSON object to metrics.jsonl."""
+        """Append one JSON object to metrics.jsonl; `step` is among the values."""
         if self.active:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(values) + "\n")
+        if self._events:
+            for key in values.keys() - {"step"}:
+                self._events.add_scalar(key, values[key], values["step"])
+            self._events.flush()
+
+
+def event_writer() -> type:
+    """TensorBoard's writer. Raises InputError where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # here, since it is optional and slow to import
+    except ImportError:
+        raise InputError("TensorBoard is not installed: pip install tensorboard, or leave --tensorboard out") from None
+    return SummaryWriter
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

@@ -1,67 +1,174 @@
 """Run folders: `RESULTS/000-NAME/` with run.json, log.txt, metrics.jsonl and checkpoints/; the same command continues
-the newest unfinished run."""
+the newest run."""
 
+import fcntl
 import json
+import os
+import queue
 import shutil
 import threading
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from utils import checkpoint
+from utils.cli import InputError
 from utils.files import write_json
 from utils.log import RunLog
 
 
 @dataclass
 class Run:
-    """A run's folder. `checkpoint` is the newest one to continue from, `finished` whether nothing is left to do."""
+    """A run's folder, held by this process: no other one opens it. `changed` says what is new in a continued one's
+    arguments, `finished` whether nothing is left to do."""
 
     folder: Path
-    checkpoint: Path | None = None
     finished: bool = False
-    cloud: Path | None = None
-    _copies: list[threading.Thread] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    _lock: TextIO | None = field(default=None, repr=False)
 
-    def save(self, step: int, content: dict[str, Any], log: RunLog) -> Path:
-        """Write checkpoints/{step:07d}.pt; with a cloud folder, copy it there in the background (failures are logged)."""
-        path = self.folder / "checkpoints" / f"{step:07d}.pt"
-        checkpoint.save(path, content)
-        log.line(f"saved {path}")
-        if self.cloud:
-            copy = threading.Thread(target=self._copy, args=(path, log))
-            copy.start()
-            self._copies.append(copy)
-        return path
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints, newest first."""
+        return numbered(self.folder / "checkpoints")
 
     def finish(self) -> None:
-        """Mark the run as done, once its copies are."""
-        for copy in self._copies:
-            copy.join()
+        """Mark the run as done."""
         record = json.loads((self.folder / "run.json").read_text())
         write_json(self.folder / "run.json", {**record, "finished": True})
 
-    def _copy(self, path: Path, log: RunLog) -> None:
-        target = self.cloud / self.folder.name / "checkpoints" / path.name
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target.with_suffix(".part"))
-            target.with_suffix(".part").replace(target)
-        except OSError as error:
-            log.line(f"warning: no copy of {path.name} in {self.cloud} ({error}); the local file is whole")
+
+def numbered(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, newest first."""
+    return sorted(folder.glob("[0-9]*.pt"), key=lambda path: int(path.stem), reverse=True)
 
 
-def open_run(results: Path, name: str, args: dict[str, Any], fresh: bool = False, cloud: Path | None = None) -> Run:
-    """The newest run of this name and these arguments (plain data), or a new folder if there is none or fresh is set."""
-    numbered = sorted(results.glob(f"[0-9][0-9][0-9]-{name}"))
-    for folder in [] if fresh else reversed(numbered):
-        record = folder / "run.json"
-        content = json.loads(record.read_text()) if record.is_file() else {}
-        if content.get("args") == args:
-            checkpoints = sorted((folder / "checkpoints").glob("[0-9]*.pt"))
-            return Run(folder, checkpoints[-1] if checkpoints else None, content.get("finished", False), cloud)
-    number = 1 + max((int(path.name[:3]) for path in results.glob("[0-9][0-9][0-9]-*")), default=-1)
+class Keeper:
+    """Writes a run's checkpoints, copies them to a second folder and drops old ones.
+
+    keep_last: the newest so many stay (0: all), and those of the steps in `kept`. cloud: a folder where copies go, in the
+    background; what goes wrong there is a line in the log.
+    """
+
+    def __init__(
+        self, folder: Path, log: RunLog, keep_last: int = 0, kept: Collection[int] = (), cloud: Path | None = None
+    ) -> None:
+        self.folder, self.log, self.cloud = folder / "checkpoints", log, cloud
+        self.keep_last, self.kept = keep_last, kept
+        self._wanted: queue.Queue[Path] = queue.Queue()
+        self._uncopied: set[Path] = set()
+        self._worker: threading.Thread | None = None
+
+    def save(self, step: int, content: Mapping[str, Any]) -> Path:
+        """Write {step:07d}.pt, ask for its copy, and drop what need not be kept."""
+        path = self.folder / f"{step:07d}.pt"
+        checkpoint.save(path, content)
+        self.log.line(f"saved {path}")
+        if self.cloud:
+            self.copy(path)
+        self._drop()
+        return path
+
+    def copy(self, path: Path) -> None:
+        """Ask for a copy of a checkpoint in the cloud folder, unless there is one of its size."""
+        if self._worker is None:  # a daemon: a mount that hangs must not keep a pre-empted run from ending
+            self._worker = threading.Thread(target=self._work, daemon=True)
+            self._worker.start()
+        self._uncopied.add(path)
+        self._wanted.put(path)
+
+    def close(self) -> None:
+        """Wait for the copies."""
+        if self._wanted.unfinished_tasks:
+            self.log.line(f"waiting for copies to {self.cloud}")
+        self._wanted.join()
+
+    def _drop(self) -> None:
+        if not self.keep_last:
+            return
+        others = [path for path in numbered(self.folder) if int(path.stem) not in self.kept]
+        for path in others[self.keep_last :]:
+            if path not in self._uncopied:
+                path.unlink(missing_ok=True)
+
+    def _work(self) -> None:
+        while True:
+            path = self._wanted.get()
+            target = self.cloud / self.folder.parent.name / "checkpoints" / path.name
+            part = target.with_suffix(".part")
+            try:
+                if not (target.is_file() and target.stat().st_size == path.stat().st_size):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, part)
+                    part.replace(target)
+            except OSError as error:
+                self.log.line(f"warning: no copy of {path.name} in {self.cloud} ({error}); the local file is whole")
+            finally:
+                self._uncopied.discard(path)
+                self._wanted.task_done()
+
+
+def open_run(
+    results: Path, name: str, args: Mapping[str, Any], fixed: Collection[str] = (), fresh: bool = False
+) -> Run:
+    """The run that these arguments (plain data) continue, or a new folder: RESULTS/000-NAME.
+
+    Two runs are the same if the arguments named in `fixed` are equal. The newest such run is continued; if there is none
+    and the newest run of this name is unfinished, InputError says what differs. fresh: a new folder in any case.
+    Raises InputError, too, if another process holds the run.
+    """
+    numbered = sorted(results.glob(f"[0-9][0-9][0-9]*-{name}"), key=lambda path: int(path.name.partition("-")[0]))
+    known = [(folder, _record(folder)) for folder in reversed(numbered) if (folder / "run.json").is_file()]
+    if not fresh:
+        for folder, record in known:
+            if not _changes(record["args"], args, fixed):
+                lock = _hold(folder)
+                if lock is None:
+                    raise InputError(
+                        f"{folder} is being trained by another process; wait for it, or start another run with --fresh"
+                    )
+                return Run(folder, record.get("finished", False), _changes(record["args"], args), lock)
+        if known and not known[0][1].get("finished", False):
+            folder, record = known[0]
+            lock = _hold(folder)
+            if lock is not None:
+                lock.close()
+                raise InputError(
+                    f"{folder} is unfinished and was started with {', '.join(_changes(record['args'], args, fixed))}: "
+                    "give it the old values to continue it, or --fresh to start another run"
+                )
+    number = 1 + max((int(path.name.partition("-")[0]) for path in results.glob("[0-9][0-9][0-9]*-*")), default=-1)
     folder = results / f"{number:03d}-{name}"
     folder.mkdir(parents=True)
-    write_json(folder / "run.json", {"args": args, "finished": False})
-    return Run(folder, cloud=cloud)
+    write_json(folder / "run.json", {"args": dict(args), "finished": False})
+    return Run(folder, _lock=_hold(folder))
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "run.json").read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{folder / 'run.json'} is damaged ({error}): delete the folder or mend it") from None
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], names: Collection[str] | None = None) -> list[str]:
+    """What differs: `lr 0.0001, now 0.0002`. An argument that an older version did not have is left out."""
+    names = new.keys() if names is None else names
+    return [f"{key} {old[key]}, now {new[key]}" for key in new if key in names and key in old and old[key] != new[key]]
+
+
+def _hold(folder: Path) -> TextIO | None:
+    """Lock a run's folder for as long as this process lives; None if another process has it."""
+    file = open(folder / "lock", "a")  # noqa: SIM115 (held for the life of the run)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:  # a file system without locks
+        pass
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file

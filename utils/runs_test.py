@@ -1,79 +1,141 @@
-"""Run folders: the same command continues, another one starts anew, a broken backup never stops a training."""
+"""Run folders: the same command continues, another one is told what differs, checkpoints are kept, dropped and copied."""
 
 import json
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
 
 from utils import checkpoint
+from utils.cli import InputError
 from utils.log import RunLog
-from utils.runs import open_run
+from utils.runs import Keeper, open_run
+from utils.testing import ROOT
 
-ARGS = {"lr": 1e-4, "betas": [0.9, 0.95], "epochs": 300, "data": "codes"}
+ARGS = {"lr": 1e-4, "betas": [0.9, 0.95], "epochs": 300, "log_every": 10}
+FIXED = ("lr", "betas", "epochs")
 
 
 def content(step: int) -> dict:
     return {"model": {"w": torch.full((2,), float(step))}, "steps": step}
 
 
+def opened(results, args=ARGS, name="GPT-B", **options):
+    """A run that was opened and let go of, as by a process that has ended."""
+    run = open_run(results, name, args, FIXED, **options)
+    run._lock.close()
+    return run
+
+
 def test_a_new_run(tmp_path):
-    run = open_run(tmp_path / "results", "GPT-B", ARGS)
+    run = opened(tmp_path / "results")
     assert run.folder == tmp_path / "results" / "000-GPT-B"
-    assert (run.checkpoint, run.finished) == (None, False)
+    assert (run.checkpoints, run.finished, run.changed) == ([], False, [])
     assert json.loads((run.folder / "run.json").read_text()) == {"args": ARGS, "finished": False}
 
 
 def test_the_same_arguments_continue_from_the_newest_checkpoint(tmp_path):
-    first = open_run(tmp_path, "GPT-B", ARGS)
-    assert open_run(tmp_path, "GPT-B", dict(ARGS)).checkpoint is None
-    for step in (5, 10, 9_999_999):
-        saved = first.save(step, content(step), RunLog(first.folder))
-    (saved.parent / ".10000000.1.part.pt").write_text("left by a killed run")
-    again = open_run(tmp_path, "GPT-B", dict(ARGS))
-    assert (again.folder, again.checkpoint, again.finished) == (first.folder, saved, False)
-    assert saved.name == "9999999.pt" and checkpoint.load(saved)["steps"] == 9_999_999
+    first = opened(tmp_path)
+    keeper = Keeper(first.folder, RunLog(first.folder))
+    saved = [keeper.save(step, content(step)) for step in (5, 10, 9_999_999, 10_000_000)]
+    (saved[0].parent / ".10000001.1.part.pt").write_text("left by a killed run")
+    again = opened(tmp_path)
+    assert (again.folder, again.checkpoints, again.finished) == (first.folder, saved[::-1], False)
+    assert checkpoint.load(again.checkpoints[0])["steps"] == 10_000_000
     again.finish()
-    assert open_run(tmp_path, "GPT-B", dict(ARGS)).finished
+    assert opened(tmp_path).finished
 
 
-@pytest.mark.parametrize("change", [{"lr": 2e-4}, {"new_flag": True}])
-def test_other_arguments_start_a_new_run(tmp_path, change):
-    first = open_run(tmp_path, "GPT-B", ARGS)
-    first.save(5, content(5), RunLog(first.folder))
-    other = open_run(tmp_path, "GPT-B", ARGS | change)
-    assert (other.folder.name, other.checkpoint) == ("001-GPT-B", None)
-    assert open_run(tmp_path, "GPT-B", ARGS).folder == first.folder
+def test_arguments_that_may_change_are_named(tmp_path):
+    opened(tmp_path)
+    run = opened(tmp_path, ARGS | {"log_every": 20, "a_new_flag": True})
+    assert (run.folder.name, run.changed) == ("000-GPT-B", ["log_every 10, now 20"])
+
+
+def test_arguments_that_matter_are_refused_until_the_run_is_finished(tmp_path):
+    first = opened(tmp_path)
+    with pytest.raises(InputError, match=r"000-GPT-B is unfinished .* lr 0.0001, now 0.0002: .* --fresh"):
+        opened(tmp_path, ARGS | {"lr": 2e-4})
+    assert len(list(tmp_path.iterdir())) == 1
+    first.finish()
+    other = opened(tmp_path, ARGS | {"lr": 2e-4})
+    assert other.folder.name == "001-GPT-B"
+    assert opened(tmp_path).finished  # the first one's arguments
 
 
 def test_another_model_and_fresh_start_a_new_run(tmp_path):
-    open_run(tmp_path, "GPT-B", ARGS)
-    assert open_run(tmp_path, "GPT-L", ARGS).folder.name == "001-GPT-L"
-    fresh = open_run(tmp_path, "GPT-B", ARGS, fresh=True)
+    opened(tmp_path)
+    assert opened(tmp_path, name="GPT-L").folder.name == "001-GPT-L"
+    fresh = opened(tmp_path, fresh=True)
     assert fresh.folder.name == "002-GPT-B"
-    assert open_run(tmp_path, "GPT-B", ARGS).folder == fresh.folder  # the newest of the two
+    assert opened(tmp_path).folder == fresh.folder  # the newest of the two
 
 
 def test_a_folder_without_run_json_is_left_alone(tmp_path):
-    (tmp_path / "007-GPT-B").mkdir()
-    assert open_run(tmp_path, "GPT-B", ARGS).folder.name == "008-GPT-B"
+    (tmp_path / "1007-GPT-B").mkdir()
+    assert opened(tmp_path).folder.name == "1008-GPT-B"
+
+
+def test_a_run_that_another_process_trains_is_not_touched(tmp_path):
+    code = f"""
+from pathlib import Path
+from utils.runs import open_run
+run = open_run(Path({str(tmp_path)!r}), "GPT-B", {ARGS!r}, {FIXED!r})
+print("held", flush=True)
+input()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="000-GPT-B is being trained by another process"):
+            opened(tmp_path)
+        assert opened(tmp_path, ARGS | {"lr": 2e-4}).folder.name == "001-GPT-B"
+        other.kill()
+    assert opened(tmp_path).folder.name == "000-GPT-B"
+
+
+def test_old_checkpoints_are_dropped_but_for_those_to_keep(tmp_path):
+    keeper = Keeper(tmp_path, RunLog(tmp_path), keep_last=2, kept={10, 40})
+    for step in range(5, 45, 5):
+        keeper.save(step, content(step))
+    assert sorted(int(path.stem) for path in (tmp_path / "checkpoints").iterdir()) == [10, 30, 35, 40]
 
 
 def test_checkpoints_are_copied_to_the_cloud(tmp_path):
-    run = open_run(tmp_path / "results", "GPT-B", ARGS, cloud=tmp_path / "cloud")
-    paths = [run.save(step, content(step), RunLog(run.folder)) for step in (5, 10)]
-    run.finish()
+    folder = tmp_path / "results" / "000-GPT-B"
+    keeper = Keeper(folder, RunLog(folder), cloud=tmp_path / "cloud")
+    paths = [keeper.save(step, content(step)) for step in (5, 10)]
+    keeper.close()
     copies = sorted(path for path in (tmp_path / "cloud").rglob("*") if path.is_file())
     assert copies == [tmp_path / "cloud" / "000-GPT-B" / "checkpoints" / path.name for path in paths]
     assert [copy.read_bytes() for copy in copies] == [path.read_bytes() for path in paths]
 
 
+def test_a_slow_cloud_neither_blocks_nor_loses_a_checkpoint(tmp_path, monkeypatch):
+    """Training goes on while the first copy hangs; what waits for its copy is not dropped before."""
+    go, copy = threading.Event(), __import__("shutil").copyfile
+    monkeypatch.setattr("utils.runs.shutil.copyfile", lambda *args: go.wait(10) and copy(*args))
+    keeper = Keeper(tmp_path / "run", RunLog(tmp_path / "run"), keep_last=1, cloud=tmp_path / "cloud")
+    for step in (1, 2, 3):
+        keeper.save(step, content(step))
+    assert not list((tmp_path / "cloud").rglob("*.pt"))
+    go.set()
+    keeper.close()
+    assert len(list((tmp_path / "cloud").rglob("*.pt"))) == 3
+    keeper.save(4, content(4))
+    keeper.close()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000004.pt"]
+
+
 def test_a_cloud_that_cannot_be_written_is_a_warning(tmp_path, capsys):
     (tmp_path / "cloud").write_text("a file, not a folder")
-    run = open_run(tmp_path / "results", "GPT-B", ARGS, cloud=tmp_path / "cloud")
-    path = run.save(5, content(5), RunLog(run.folder))
-    run.finish()
+    keeper = Keeper(tmp_path / "run", RunLog(tmp_path / "run"), cloud=tmp_path / "cloud")
+    path = keeper.save(5, content(5))
+    keeper.close()
     assert checkpoint.load(path)["steps"] == 5
-    warnings = [line for line in (run.folder / "log.txt").read_text().splitlines() if "warning:" in line]
+    warnings = [line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if "warning:" in line]
     assert len(warnings) == 1 and "no copy of 0000005.pt" in warnings[0] and warnings[0].endswith("local file is whole")
     assert "warning: no copy of 0000005.pt" in capsys.readouterr().out
-    assert json.loads((run.folder / "run.json").read_text())["finished"]

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from autoregressive.models.patches import grid_side
+from autoregressive.models.patches import grid_side, head_loss
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,17 @@ class GPTConfig:
     def ffn_hidden(self) -> int:
         """Two thirds of 4 D (SwiGLU has three matrices), rounded up to a multiple."""
         return -(-int(8 * self.dim / 3) // self.multiple_of) * self.multiple_of
+
+    def training_flops(self, patch: int = 1) -> float:
+        """FLOPs of the matrix products of forward and backward for one image at a patch side.
+
+        6 for each weight of the blocks and the head and each position, and causal attention's two products.
+        """
+        positions = self.block_size / patch**2
+        qkv = self.dim * (self.n_head + 2 * self.kv_heads) * self.head_dim
+        block = qkv + self.dim**2 + 3 * self.dim * self.ffn_hidden
+        attention = self.n_layer * 2 * (positions / 2) * self.dim
+        return 6.0 * positions * (self.n_layer * block + self.dim * self.vocab_size + attention)
 
 
 PRESETS = {
@@ -209,11 +221,26 @@ class Transformer(nn.Module):
         h_BND = self.tok_embeddings(patches_BNK).mean(dim=2)
         return F.dropout(torch.cat((h_B1D, h_BND), dim=1), self.config.token_dropout_p, self.training)
 
+    def hidden(self, h_BLD: Tensor, rope_LC2: Tensor, caches=None, recompute: bool = False) -> Tensor:
+        """Embedded positions -> what the head reads (B, L, D).
+
+        recompute: keep only the input of each block for the backward pass, and compute the rest again there.
+        """
+        for i, layer in enumerate(self.layers):
+            cache = caches[i] if caches else None
+            if recompute and torch.is_grad_enabled():
+                h_BLD = checkpoint(layer, h_BLD, rope_LC2, cache, use_reentrant=False)
+            else:
+                h_BLD = layer(h_BLD, rope_LC2, cache)
+        return self.norm(h_BLD)
+
     def decode(self, h_BLD: Tensor, rope_LC2: Tensor, caches=None) -> Tensor:
         """Embedded positions -> logits (B, L, V)."""
-        for i, layer in enumerate(self.layers):
-            h_BLD = layer(h_BLD, rope_LC2, caches[i] if caches else None)
-        return self.output(self.norm(h_BLD))
+        return self.output(self.hidden(h_BLD, rope_LC2, caches))
+
+    def inputs(self, patches_BNK: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The embedded class and all patches but the last (B, N, D), and their rotary table."""
+        return self.embed(patches_BNK[:, :-1], labels_B), self.rope_table(patches_BNK.shape[1])[:-1]
 
     def forward(self, patches_BNK: Tensor, labels_B: Tensor) -> Tensor:
         """Logits (B, N, V): position t sees the class and patches before t, and predicts patch t.
@@ -221,5 +248,9 @@ class Transformer(nn.Module):
         patches_BNK: int64 (B, N, K) of to_patches, the targets included; the last one is not read.
         labels_B: int64 (B,), num_classes for the null class.
         """
-        rope_LC2 = self.rope_table(patches_BNK.shape[1])[:-1]
-        return self.decode(self.embed(patches_BNK[:, :-1], labels_B), rope_LC2)
+        return self.decode(*self.inputs(patches_BNK, labels_B))
+
+    def loss(self, patches_BNK: Tensor, labels_B: Tensor, recompute: bool = False) -> Tensor:
+        """patch_loss of forward's logits, which are never held at once (see patches.head_loss)."""
+        h_BND = self.hidden(*self.inputs(patches_BNK, labels_B), recompute=recompute)
+        return head_loss(h_BND, self.output.weight, patches_BNK)

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from autoregressive.models.gpt import PRESETS, GPTConfig, Transformer, preset
 from autoregressive.models.patches import patch_loss, to_patches
@@ -21,8 +23,8 @@ def golden():
     return np.load(DATA / "gpt_small.npz")
 
 
-def small_model() -> Transformer:
-    config = GPTConfig(dim=64, n_layer=2, n_head=4, vocab_size=64, block_size=64, num_classes=10)
+def small_model(**changes) -> Transformer:
+    config = GPTConfig(dim=64, n_layer=2, n_head=4, vocab_size=64, block_size=64, num_classes=10, **changes)
     return fill_by_formula(Transformer(config))
 
 
@@ -42,12 +44,14 @@ def test_every_preset_builds(name):
         Transformer(preset(name, n_layer=1))
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["loss of the logits", "model.loss"])
 @pytest.mark.parametrize("patch", [1, 2, 4, 8])
-def test_small_model_logits_loss_and_gradients(golden, patch):
+def test_small_model_logits_loss_and_gradients(golden, patch, whole):
     model = small_model().train()
     patches = to_patches(torch.from_numpy(golden["idx"]), patch)
-    logits = model(patches, torch.from_numpy(golden["cls"]))
-    loss = patch_loss(logits, patches)
+    labels = torch.from_numpy(golden["cls"])
+    logits = model(patches, labels)
+    loss = patch_loss(logits, patches) if whole else model.loss(patches, labels)
     loss.backward()
     close(logits, golden[f"logits_p{patch}"])
     close(loss, golden[f"loss_p{patch}"])
@@ -106,6 +110,7 @@ def test_trap_loss_in_eval_mode_and_forward_changes_nothing(golden):
     for patch in (4, 1, 2, 1):
         patches = to_patches(codes, patch)
         close(patch_loss(model(patches, labels), patches), golden[f"loss_p{patch}"])
+        close(model.loss(patches, labels), golden[f"loss_p{patch}"])
     after = dict([*model.state_dict().items(), *model.named_buffers()])
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -152,3 +157,37 @@ def test_grouped_query_attention_equals_repeated_heads():
     full.load_state_dict(state)
     codes, labels = torch.randint(32, (2, 16, 1)), torch.tensor([0, 3])
     torch.testing.assert_close(grouped(codes, labels), full(codes, labels))
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_training_flops_are_those_that_pytorch_counts(name):
+    """Forward and backward of a preset at small depth; causal attention counts half of what the counter says."""
+    config = preset(name, n_layer=1, vocab_size=1000, block_size=16)
+    with torch.device("meta"):
+        model = Transformer(config)
+        patches, labels = torch.zeros(2, 4, 4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(patches, labels).sum().backward()
+    attention = 6.0 * 2 * 4 * 2 * 2 * config.dim
+    assert counter.get_total_flops() == pytest.approx(2 * config.training_flops(patch=2) + attention, rel=0.01)
+
+
+def test_recomputing_activations_changes_nothing_but_memory(golden):
+    """Gradients of a training step with dropout, bit for bit."""
+    gradients, kept = [], []
+    codes, labels = torch.from_numpy(golden["idx"]), torch.from_numpy(golden["cls"])
+    for recompute in (False, True):
+        model = small_model(token_dropout_p=0.1, resid_dropout_p=0.1, ffn_dropout_p=0.1, drop_path_rate=0.1).train()
+        kept.append(0)
+
+        def pack(tensor):
+            kept[-1] += tensor.numel()
+            return tensor
+
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model.loss(codes[..., None], labels, recompute)
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert kept[1] < kept[0] / 2

@@ -47,3 +47,58 @@ def patch_loss(logits_BNV: Tensor, patches_BNK: Tensor) -> Tensor:
     logits_BNV = logits_BNV.float()
     picked_BNK = logits_BNV.gather(-1, patches_BNK)
     return (torch.logsumexp(logits_BNV, dim=-1) - picked_BNK.mean(dim=-1)).mean()
+
+
+class _HeadLoss(torch.autograd.Function):
+    """patch_loss(h @ weight.T) a block of rows at a time, the gradients computed on the way.
+
+    The gradient of the logits is softmax - (share of the patch's codes), so a block's logits are turned into it in place,
+    multiplied out, and forgotten: no (rows, V) tensor outlives its block, and nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, h_RD: Tensor, weight_VD: Tensor, targets_RK: Tensor, block: int) -> Tensor:
+        R, K = targets_RK.shape
+        total = torch.zeros((), device=h_RD.device)
+        wanted = any(ctx.needs_input_grad)
+        dh, dweight_VD = [], None
+        for h, targets in zip(h_RD.split(block), targets_RK.split(block), strict=True):
+            logits = (h @ weight_VD.T).float()
+            normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+            total += normaliser.sum() - logits.gather(-1, targets).sum() / K
+            if not wanted:
+                continue
+            logits = logits.sub_(normaliser).exp_()
+            logits.scatter_add_(-1, targets, logits.new_full((), -1 / K).expand_as(targets))
+            logits = logits.to(h.dtype)
+            dh.append(logits @ weight_VD)
+            if dweight_VD is None:
+                dweight_VD = (logits.T @ h).float()
+            elif h.dtype == torch.float32:
+                dweight_VD.addmm_(logits.T, h)
+            else:
+                dweight_VD += logits.T @ h
+        if wanted:
+            ctx.save_for_backward(torch.cat(dh) if len(dh) > 1 else dh[0], dweight_VD)
+            ctx.rows, ctx.dtype = R, weight_VD.dtype
+        return total / R
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dh_RD, dweight_VD = ctx.saved_tensors
+        scale = grad / ctx.rows  # here, since float16 cannot hold a row's share of a large batch
+        return dh_RD * scale.to(dh_RD.dtype), dweight_VD.mul_(scale).to(ctx.dtype), None, None
+
+
+def head_loss(h_BND: Tensor, weight_VD: Tensor, patches_BNK: Tensor, block: int = 1024) -> Tensor:
+    """patch_loss of the logits h_BND @ weight_VD.T, without ever holding more than `block` rows of logits.
+
+    Under autocast the products are of that dtype, sums and the softmax float32.
+    """
+    device = h_BND.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        h_BND, weight_VD = h_BND.to(dtype), weight_VD.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return _HeadLoss.apply(h_BND.flatten(0, 1), weight_VD, patches_BNK.flatten(0, 1), block)

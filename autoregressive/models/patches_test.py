@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoregressive.models.patches import from_patches, patch_loss, to_patches
+from autoregressive.models.patches import from_patches, head_loss, patch_loss, to_patches
 
 GOLDEN = np.load(Path(__file__).parent / "testdata" / "gpt_small.npz")
 
@@ -57,6 +57,40 @@ def test_loss_does_not_grow_with_the_codes_of_a_patch():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         patch_loss(logits, torch.randint(1000, (2, 4, 64)))
     assert max(sizes) <= logits.numel()
+
+
+@given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 5), st.integers(2, 40), st.integers(1, 20))
+def test_head_loss_is_the_patch_loss_of_its_logits(batch, patches, codes, vocab, block):
+    """The loss and both gradients, for any number of rows at a time, and without gradients."""
+    h, weight = torch.randn(batch, patches, 8), torch.randn(vocab, 8)
+    targets = torch.randint(vocab, (batch, patches, codes))
+    results = []
+    for loss in (lambda h, w: patch_loss(h @ w.T, targets), lambda h, w: head_loss(h, w, targets, block)):
+        inputs = h.clone().requires_grad_(), weight.clone().requires_grad_()
+        value = loss(*inputs)
+        (3 * value).backward()
+        results.append((value.detach(), *(tensor.grad for tensor in inputs)))
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(head_loss(h, weight, targets, block), results[0][0])
+
+
+def test_head_loss_holds_no_logits_for_the_backward_pass():
+    h, weight = torch.randn(2, 64, 8, requires_grad=True), torch.randn(500, 8, requires_grad=True)
+    sizes = []
+    pack = lambda tensor: sizes.append(tensor.numel()) or tensor  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        head_loss(h, weight, torch.randint(500, (2, 64, 4)), block=16)
+    assert sizes and max(sizes) <= weight.numel() < 2 * 64 * 500
+
+
+def test_head_loss_under_autocast_is_that_of_bfloat16_logits():
+    h, weight = torch.randn(2, 16, 32), torch.randn(100, 32) / 5
+    targets = torch.randint(100, (2, 16, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = head_loss(h, weight, targets)
+    assert mixed.dtype == torch.float32
+    exact = head_loss(h, weight, targets)
+    assert 0 < abs(mixed - exact) < 2e-2
 
 
 def test_refusals():

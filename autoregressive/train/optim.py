@@ -6,7 +6,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from autoregressive.models.patches import patch_loss, to_patches
+from autoregressive.models.gpt import Transformer
+from autoregressive.models.patches import to_patches
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
@@ -19,8 +20,20 @@ def adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, 
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
+class Objective(nn.Module):
+    """What is trained: `objective(patches_BNK, labels_B)` is the loss of a model, in one forward that
+    DistributedDataParallel and torch.compile can wrap. recompute: activation checkpointing."""
+
+    def __init__(self, model: Transformer, recompute: bool = False) -> None:
+        super().__init__()
+        self.model, self.recompute = model, recompute
+
+    def forward(self, patches_BNK: Tensor, labels_B: Tensor) -> Tensor:
+        return self.model.loss(patches_BNK, labels_B, self.recompute)
+
+
 def update(
-    model: nn.Module,
+    objective: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[tuple[Tensor, Tensor]],
     patch: int,
@@ -38,16 +51,15 @@ def update(
         group["lr"] = lr
     total = 0.0
     for i, (codes_BL, labels_B) in enumerate(batches):
-        patches_BNK = to_patches(codes_BL, patch)
         last = i == len(batches) - 1
-        with nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync():
+        with nullcontext() if last or not hasattr(objective, "no_sync") else objective.no_sync():
             with autocast():
-                loss = patch_loss(model(patches_BNK, labels_B), patches_BNK) / len(batches)
+                loss = objective(to_patches(codes_BL, patch), labels_B) / len(batches)
             (scaler.scale(loss) if scaler else loss).backward()
         total = total + loss.detach()
     if scaler:
         scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
+    norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), max_grad_norm or float("inf"))
     if scaler:
         scaler.step(optimizer)
         scaler.update()

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from autoregressive.train.schedule import Stage, learning_rate, patch_stages, relative_cost, stage_at
+from autoregressive.train.schedule import (
+    Stage,
+    free_stages,
+    in_steps,
+    learning_rate,
+    patch_stages,
+    relative_cost,
+    stage_at,
+)
 
 CASES = json.loads((Path(__file__).parent / "testdata" / "schedule.json").read_text())
 
@@ -17,11 +25,10 @@ def plan(args: dict) -> list[Stage]:
 def rate(step: int, args: dict) -> float:
     return learning_rate(
         step,
-        plan(args),
-        args["steps_per_epoch"],
+        in_steps(plan(args), args["steps_per_epoch"]),
         lr=args["lr"],
         end_lr=args["end_lr"],
-        warmup_epochs=args["warmup_epochs"],
+        warmup=args["warmup_epochs"] * args["steps_per_epoch"],
         decay_ratio=args["decay_ratio"],
     )
 
@@ -74,3 +81,20 @@ def test_relative_cost_of_the_papers_schedules(level, epoch_rate, cost):
 def test_refusals(wrong):
     with pytest.raises(ValueError, match="expected epochs >= 1"):
         patch_stages(*wrong)
+
+
+def test_free_stages_are_the_published_ones_where_they_say_the_same():
+    assert free_stages([4, 2, 1], [75, 75, 150]) == patch_stages(300, 3, 0.5)
+    assert free_stages([8, 1], [0.5, 2]) == [Stage(8, 0, 0.5), Stage(1, 0.5, 2.5)]
+
+
+def test_stages_in_steps():
+    assert in_steps([Stage(2, 0, 0.5), Stage(1, 0.5, 2)], 11) == [Stage(2, 0, 6), Stage(1, 6, 22)]
+    with pytest.raises(ValueError, match=r"0\.01 epochs of 11 steps on patches of side 2 are no step"):
+        in_steps([Stage(2, 0, 0.01), Stage(1, 0.01, 1)], 11)
+
+
+@pytest.mark.parametrize("wrong", [([2, 1], [3]), ([], []), ([2, 1], [1, 0]), ([0, 1], [1, 1])])
+def test_free_stages_refuse(wrong):
+    with pytest.raises(ValueError, match="expected a length above 0 for each patch side"):
+        free_stages(*wrong)

@@ -3,51 +3,66 @@
     bash scripts/autoregressive/train_c2i.sh --cloud-save-path /backup --code-path codes --image-size 256 \
         --gpt-model GPT-B --epoch-rate 0.5 --patch-level 2 --scheduler
 
-Writes RESULTS_DIR/000-GPT-B/: checkpoints/, log.txt, metrics.jsonl, loss.png. The same command continues a run that
-was cut off. Order, views, dropped labels and dropout follow from (seed, epoch, position), so a continued run is the
-same run; the number of processes changes only the dropout masks.
+Writes RESULTS_DIR/000-GPT-B/: checkpoints/, log.txt, metrics.jsonl, plan.png, loss.png, samples/. The same command
+continues a run that was cut off, and it is the same run; SIGTERM and Ctrl-C save before they end it.
 """
 
-import time
+import hashlib
+import sys
 from argparse import BooleanOptionalAction, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from autoregressive.models.gpt import PRESETS, GPTConfig, Transformer, preset
-from autoregressive.models.patches import grid_side, patch_loss, to_patches
-from autoregressive.train.optim import adamw, update
-from autoregressive.train.schedule import Stage, learning_rate, patch_stages, relative_cost, stage_at
+from autoregressive.models.patches import grid_side
+from autoregressive.train.plan import Plan
+from autoregressive.train.preview import Preview
+from autoregressive.train.schedule import free_stages, in_steps, patch_stages
+from autoregressive.train.trainer import Data, Settings, Trainer, draw_losses
 from dataset.codes import Codes
-from dataset.sampler import epoch_batches
-from utils import checkpoint, cli, draw, streams
-from utils.distributed import World, autocast, precision_dtype, world, world_size
-from utils.ema import ema_copy, update_ema
-from utils.log import RunLog, forget_after, progress, read_metrics
-from utils.runs import Run, open_run
+from tokenizer.tokenizer_image.load import load_tokenizer
+from utils import checkpoint, cli
+from utils.distributed import World, precision_dtype, world, world_size
+from utils.files import sha256
+from utils.log import RunLog, event_writer, forget_after
+from utils.machine import keep_freed_memory
+from utils.runs import Keeper, Run, open_run
+from utils.stop import stop_signals
 
-# Arguments that may change when a run is continued: they don't change what is trained.
-FREE = ("results_dir", "cloud_save_path", "log_every", "ckpt_every", "fresh", "compile", "val_code_path", "val_images")
+# Arguments that make a run what it is: one that goes on must have the same. `data` stands for the codes' content.
+FIXED = (
+    "data", "dataset", "image_size", "val_split", "vocab_size", "num_classes", "dropout_p", "token_dropout_p",
+    "drop_path_rate", "class_dropout_p", "patch_level", "epoch_rate", "epochs", "patch_sizes", "patch_epochs",
+    "patch_steps", "scheduler", "warmup_epochs", "decay_ratio", "lr", "end_lr", "weight_decay", "beta1", "beta2",
+    "max_grad_norm", "global_batch_size", "global_seed", "ema", "ema_decay",
+)  # fmt: skip
 
 
 def parse() -> Namespace:
     parser = cli.Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--code-path", type=Path, required=True, help="folder that extract_codes_c2i.sh wrote")
+    add(
+        "--code-path",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="folders of extract_codes_c2i.sh: views of the same images",
+    )
     add("--dataset", default="imagenet", help="name of the data set in the code folder's name")
     add("--image-size", type=cli.positive_int, default=256, help="size the codes were extracted at")
     add("--val-code-path", type=Path, help="held-out codes of the same form, for the token-level validation loss")
+    add("--val-split", type=cli.fraction, default=0.0, help="or hold out this share of the training images")
     add("--val-images", type=cli.positive_int, default=5000, help="use this many of them at most")
     add("--results-dir", type=Path, default=Path("results"))
     add("--cloud-save-path", type=Path, help="copy checkpoints there too, in the background")
     add("--fresh", action="store_true", help="start a new run even if one can be continued")
+    add("--dry-run", action="store_true", help="print and draw the plan (RESULTS_DIR/plan.png), and stop")
 
     add("--gpt-model", choices=PRESETS, default="GPT-B")
     add("--gpt-ckpt", type=cli.existing_file, help="start from these weights (a new schedule and optimizer)")
@@ -63,9 +78,16 @@ def parse() -> Namespace:
     add("--drop-path-rate", type=cli.fraction, default=0.0, help="stochastic depth, rising to this at the last block")
     add("--class-dropout-p", type=cli.fraction, default=0.1, help="labels replaced by the null class, for guidance")
 
-    add("--patch-level", type=cli.positive_int, default=2, help="levels: patch sides 2**(n-1) .. 1; 1 is next-token")
-    add("--epoch-rate", type=cli.positive_fraction, default=0.5, help="levels end at epochs * rate**i")
-    add("--epochs", type=cli.positive_int, default=300)
+    add(
+        "--patch-level",
+        type=cli.positive_int,
+        help="levels: patch sides 2**(n-1) .. 1; 1 is next-token; 2 if not given",
+    )
+    add("--epoch-rate", type=cli.positive_fraction, help="levels end at epochs * rate**i; 0.5 if not given")
+    add("--epochs", type=cli.positive_int, help="of the whole run; 300 if not given")
+    add("--patch-sizes", type=cli.positive_int, nargs="+", help="any other schedule: the patch side of each stage, and")
+    add("--patch-epochs", type=cli.positive, nargs="+", help="how many epochs each one lasts, or")
+    add("--patch-steps", type=cli.positive_int, nargs="+", help="how many steps")
     add("--scheduler", action="store_true", help="warm-up and decay in each level; constant --lr without it")
     add("--warmup-epochs", type=cli.non_negative, default=1.0)
     add("--decay-ratio", type=cli.fraction, default=0.2, help="last part of each level over which the rate decays")
@@ -87,20 +109,53 @@ def parse() -> Namespace:
         "--mixed-precision", choices=("auto", "none", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 on GPUs"
     )
     add("--compile", action=BooleanOptionalAction, default=None, help="torch.compile (default: on GPUs)")
+    add(
+        "--activation-checkpointing",
+        action="store_true",
+        help="less memory: compute each block again in the backward pass",
+    )
+
     add("--log-every", type=cli.positive_int, default=100, help="steps")
+    add("--tensorboard", action="store_true", help="write events too, for TensorBoard (pip install tensorboard)")
     add("--ckpt-every", type=cli.positive_int, default=5000, help="steps; the end of a level is always kept")
-    return parser.parse_args()
+    add("--keep-last", type=cli.count, default=3, help="checkpoints to keep besides the ends of levels; 0: all")
+    add("--vq-ckpt", type=cli.existing_file, help="tokenizer: draw samples while training")
+    add("--sample-every", type=cli.positive_int, default=10, help="epochs, with --vq-ckpt; and at the end")
+    args = parser.parse_args()
+    if args.patch_sizes is None:
+        if args.patch_epochs or args.patch_steps:
+            raise cli.InputError(
+                "--patch-epochs and --patch-steps say how long each of --patch-sizes lasts: give those too"
+            )
+        args.patch_level = args.patch_level or 2
+        args.epoch_rate = args.epoch_rate or 0.5
+        args.epochs = args.epochs or 300
+    elif args.patch_level or args.epoch_rate or args.epochs:
+        raise cli.InputError(
+            "--patch-sizes makes a schedule of its own: leave out --patch-level, --epoch-rate and --epochs"
+        )
+    elif bool(args.patch_epochs) == bool(args.patch_steps):
+        raise cli.InputError("--patch-sizes needs either --patch-epochs or --patch-steps: how long each stage lasts")
+    if args.val_code_path and args.val_split:
+        raise cli.InputError("--val-code-path and --val-split are two ways to hold out images: give one of them")
+    if args.tensorboard:
+        event_writer()
+    return args
 
 
-def open_codes(args: Namespace) -> tuple[Codes, Codes | None]:
+def open_data(args: Namespace) -> Data:
     """The training and validation codes, checked against the arguments."""
     codes = Codes(args.code_path, args.dataset, args.image_size)
-    val = Codes(args.val_code_path, args.dataset, args.image_size) if args.val_code_path else None
-    if val and val.tokens != codes.tokens:
-        raise cli.InputError(f"validation codes have {val.tokens} tokens an image, training codes {codes.tokens}")
-    if len(codes) < args.global_batch_size:
+    if args.val_code_path:
+        val = Codes(args.val_code_path, args.dataset, args.image_size)
+        if val.tokens != codes.tokens:
+            raise cli.InputError(f"validation codes have {val.tokens} tokens an image, training codes {codes.tokens}")
+        data = Data(codes, val=val)
+    else:
+        data = Data.split(codes, args.val_split) if args.val_split else Data(codes)
+    if len(data) < args.global_batch_size:
         raise cli.InputError(
-            f"--global-batch-size {args.global_batch_size} is more than the {len(codes)} images there are"
+            f"--global-batch-size {args.global_batch_size} is more than the {len(data)} images there are"
         )
     parts = world_size() * args.gradient_accumulation_steps
     if args.global_batch_size % parts:
@@ -108,20 +163,28 @@ def open_codes(args: Namespace) -> tuple[Codes, Codes | None]:
             f"--global-batch-size {args.global_batch_size} is not divisible by {world_size()} processes "
             f"x {args.gradient_accumulation_steps} accumulation steps"
         )
-    return codes, val
+    return data
 
 
-def plan(args: Namespace, codes: Codes) -> list[Stage]:
-    """The levels of the run; every patch side must divide the grid of codes."""
-    side = grid_side(codes.tokens)
-    stages = patch_stages(args.epochs, args.patch_level, args.epoch_rate)
+def make_plan(args: Namespace, data: Data) -> Plan:
+    """The stages of the run, in steps; every patch side must divide the grid of codes."""
+    steps_per_epoch = len(data) // args.global_batch_size
+    try:
+        if args.patch_sizes is None:
+            stages = in_steps(patch_stages(args.epochs, args.patch_level, args.epoch_rate), steps_per_epoch)
+        elif args.patch_epochs:
+            stages = in_steps(free_stages(args.patch_sizes, args.patch_epochs), steps_per_epoch)
+        else:
+            stages = free_stages(args.patch_sizes, args.patch_steps)
+    except ValueError as error:
+        raise cli.InputError(str(error)) from None
+    side = grid_side(data.codes.tokens)
     for stage in stages:
         if side % stage.patch:
             raise cli.InputError(
-                f"--patch-level {args.patch_level} needs patches of side {stage.patch}, "
-                f"which does not divide the grid of {side}x{side} codes"
+                f"the schedule has patches of side {stage.patch}, which does not divide the grid of {side}x{side} codes"
             )
-    return stages
+    return Plan(stages, steps_per_epoch, args.lr, args.scheduler, args.end_lr, args.warmup_epochs, args.decay_ratio)
 
 
 def gpt_config(args: Namespace, codes: Codes) -> GPTConfig:
@@ -147,266 +210,147 @@ def gpt_config(args: Namespace, codes: Codes) -> GPTConfig:
     )
 
 
-def describe(stages: Sequence[Stage], steps_per_epoch: int, args: Namespace, tokens: int) -> str:
-    """The schedule as a table: a row a level, with the learning rate at its start, middle and end."""
-    rows = ["patch   epochs          steps   positions/image   lr: first, middle, last"]
-    for stage in stages:
-        first, last = stage.start * steps_per_epoch, stage.stop * steps_per_epoch - 1
-        rates = ", ".join(
-            f"{rate_at(s, stages, steps_per_epoch, args):.2e}" for s in (first, (first + last) // 2, last)
+def starting_weights(args: Namespace, config: GPTConfig) -> dict[str, torch.Tensor] | None:
+    """The weights of --gpt-ckpt, checked against the model."""
+    if not args.gpt_ckpt:
+        return None
+    with torch.device("meta"):
+        empty = Transformer(config)
+    state = checkpoint.state_dict(checkpoint.load(args.gpt_ckpt))
+    checkpoint.check_fit(empty, state, f"{args.gpt_ckpt} (as {args.gpt_model})")
+    return state
+
+
+def sample_tokenizer(args: Namespace, codes: Codes) -> torch.nn.Module | None:
+    """The tokenizer of --vq-ckpt, which must be the codes'."""
+    if not args.vq_ckpt:
+        return None
+    tokenizer, _ = load_tokenizer(args.vq_ckpt)
+    known = codes.manifest.codebook_size if codes.manifest else 16384
+    if (args.image_size // tokenizer.downsample) ** 2 != codes.tokens or tokenizer.config.codebook_size != known:
+        raise cli.InputError(
+            f"{args.vq_ckpt} makes {(args.image_size // tokenizer.downsample) ** 2} codes of {tokenizer.config.codebook_size} "
+            f"of an image of {args.image_size} px; these codes are {codes.tokens} of {known}: give the tokenizer they are of"
         )
-        epochs = f"{stage.start}-{stage.stop}"
-        rows.append(
-            f"{stage.patch}x{stage.patch}     {epochs:<12} {last - first + 1:>8}   {tokens // stage.patch**2:>15}   {rates}"
-        )
-    rows.append(f"cost relative to next-token training of the same epochs: {relative_cost(stages):.3f}")
-    return "\n".join(rows)
-
-
-def rate_at(step: int, stages: Sequence[Stage], steps_per_epoch: int, args: Namespace) -> float:
-    """The learning rate of a step: the schedule's, or constant without --scheduler."""
-    if not args.scheduler:
-        return args.lr
-    return learning_rate(
-        step, stages, steps_per_epoch,
-        lr=args.lr, end_lr=args.end_lr, warmup_epochs=args.warmup_epochs, decay_ratio=args.decay_ratio,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def validation_loss(model: Transformer, codes: Codes, images: int, patch: int, batch: int, here: World, amp) -> float:
-    """Mean loss (nats a code) at a patch side over evenly spaced images, in eval mode; each process does its share."""
-    was_training = model.training
-    model.eval()
-    indices = np.linspace(0, len(codes) - 1, min(images, len(codes))).astype(np.int64)[
-        here.share(min(images, len(codes)))
-    ]
-    total = torch.zeros(2, dtype=torch.float64, device=here.device)
-    for start in range(0, len(indices), batch):
-        codes_BL, labels_B = (torch.from_numpy(a).to(here.device) for a in codes.batch(indices[start : start + batch]))
-        patches_BNK = to_patches(codes_BL, patch)
-        with amp():
-            loss = patch_loss(model(patches_BNK, labels_B), patches_BNK)
-        total += torch.tensor([loss.item() * len(labels_B), len(labels_B)], device=here.device, dtype=torch.float64)
-    model.train(was_training)
-    here.sum(total)
-    return (total[0] / total[1]).item()
-
-
-class Trainer:
-    """A run under way: its model, optimizer and place in the plan."""
-
-    def __init__(
-        self, args: Namespace, codes: Codes, val: Codes | None, stages: list[Stage], here: World, run: Run
-    ) -> None:
-        self.args, self.codes, self.val, self.stages, self.here, self.run = args, codes, val, stages, here, run
-        self.log = RunLog(run.folder, here.is_main)
-        self.steps_per_epoch = len(codes) // args.global_batch_size
-        self.total_steps = stages[-1].stop * self.steps_per_epoch
-        dtype = precision_dtype(args.mixed_precision, here.device)
-        self.amp = partial(autocast, here.device, dtype)
-        self.scaler = torch.amp.GradScaler(here.device.type) if dtype == torch.float16 else None
-        torch.manual_seed(args.global_seed)
-        self.model = Transformer(gpt_config(args, codes)).to(here.device)
-        if args.gpt_ckpt:
-            state = checkpoint.state_dict(checkpoint.load(args.gpt_ckpt))
-            checkpoint.load_weights(self.model, state, f"{args.gpt_ckpt} (as {args.gpt_model})")
-        self.ema = ema_copy(self.model) if args.ema else None
-        self.optimizer = adamw(self.model, args.lr, args.weight_decay, (args.beta1, args.beta2))
-        self.step = 0
-        if run.checkpoint:
-            self.resume(run.checkpoint)
-        self.forward = self._parallel()
-
-    def _parallel(self):
-        compiled = self.here.device.type == "cuda" if self.args.compile is None else self.args.compile
-        model = torch.compile(self.model, dynamic=False) if compiled else self.model
-        return DistributedDataParallel(model) if self.here.size > 1 else model
-
-    def resume(self, path: Path) -> None:
-        content = checkpoint.load(path)
-        checkpoint.load_weights(self.model, content["model"], str(path))
-        if self.ema:
-            checkpoint.load_weights(self.ema, content["ema"], f"{path} (ema)")
-        self.optimizer.load_state_dict(content["optimizer"])
-        if self.scaler:
-            self.scaler.load_state_dict(content["scaler"])
-        self.step = content["steps"]
-        self.log.line(f"continuing at step {self.step} of {self.total_steps} from {path}")
-
-    def save(self) -> None:
-        if not self.here.is_main:
-            return
-        manifest = self.codes.manifest
-        content = {
-            "model": self.model.state_dict(),
-            **({"ema": self.ema.state_dict()} if self.ema else {}),
-            "optimizer": self.optimizer.state_dict(),
-            **({"scaler": self.scaler.state_dict()} if self.scaler else {}),
-            "steps": self.step,
-            "gpt_model": self.args.gpt_model,
-            "config": asdict(self.model.config),
-            "args": plain(self.args),
-            "image_size": self.args.image_size,
-            "classes": manifest.classes if manifest else [],
-            "vq_model": manifest.vq_model if manifest else "",
-            "tokenizer_sha256": manifest.tokenizer_sha256 if manifest else "",
-        }
-        self.run.save(self.step, content, self.log)
-
-    def batches(self, selection) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The micro-batches of a selection, on the device; dropped labels are the null class."""
-        codes, labels = self.codes.batch(selection.indices, selection.views)
-        labels = np.where(selection.dropped, self.model.config.num_classes, labels)
-        parts = self.args.gradient_accumulation_steps
-        device = self.here.device
-        codes, labels = (torch.from_numpy(a).to(device, non_blocking=True).chunk(parts) for a in (codes, labels))
-        return list(zip(codes, labels, strict=True))
-
-    def train(self) -> None:
-        """Run to the end of the plan."""
-        args = self.args
-        bar = progress(total=self.total_steps, initial=self.step, unit=" steps", show=self.here.is_main)
-        self.model.train()
-        self.recent, self.since = [], time.perf_counter()
-        while self.step < self.total_steps:
-            epoch, first_step = divmod(self.step, self.steps_per_epoch)
-            stage = stage_at(self.stages, epoch)
-            selections = epoch_batches(
-                len(self.codes), self.codes.views, args.global_batch_size,
-                seed=args.global_seed, epoch=epoch, label_drop=args.class_dropout_p,
-                first_step=first_step, part=self.here.share(args.global_batch_size),
-            )  # fmt: skip
-            for selection in selections:
-                self.train_step(self.batches(selection), stage.patch)
-                bar.update()
-                end_of_epoch = self.step % self.steps_per_epoch == 0
-                due = self.step % args.ckpt_every == 0 or self.step == stage.stop * self.steps_per_epoch
-                if due or self.step % args.log_every == 0 or self.step == 1:
-                    self.report(bar, epoch, stage.patch)
-                if end_of_epoch:
-                    self.validate(epoch, stage.patch)
-                if due:
-                    self.save()
-        bar.close()
-
-    def train_step(self, batches: list[tuple[torch.Tensor, torch.Tensor]], patch: int) -> None:
-        args = self.args
-        seed = streams.bits(args.global_seed, streams.DROPOUT, self.step, self.here.rank) >> np.uint64(1)
-        torch.manual_seed(int(seed))
-        self.lr = rate_at(self.step, self.stages, self.steps_per_epoch, args)
-        loss, self.grad_norm = update(
-            self.forward, self.optimizer, batches, patch,
-            lr=self.lr, max_grad_norm=args.max_grad_norm, scaler=self.scaler, autocast=self.amp,
-        )  # fmt: skip
-        if self.ema:
-            update_ema(self.ema, self.model, args.ema_decay)
-        self.recent.append(loss)
-        self.step += 1
-
-    def report(self, bar, epoch: int, patch: int) -> None:
-        """The mean loss since the last report, over all processes; a loss that is not finite stops the run."""
-        loss = (self.here.sum(torch.stack(self.recent).mean()) / self.here.size).item()
-        first = self.step - len(self.recent) + 1
-        norm = float(self.grad_norm)
-        if not np.isfinite(loss) or not (np.isfinite(norm) or self.scaler):  # a scaler skips such a step
-            kept = sorted((self.run.folder / "checkpoints").glob("*.pt"))
-            raise SystemExit(
-                f"the loss is {loss} between steps {first} and {self.step} (gradient norm {norm}): the run stops; "
-                f"the last good checkpoint is {kept[-1] if kept else 'none'}; try a lower --lr or --max-grad-norm"
-            )
-        images = len(self.recent) * self.args.global_batch_size / (time.perf_counter() - self.since)
-        self.recent, self.since = [], time.perf_counter()
-        row = {"loss": loss, "lr": self.lr, "grad_norm": norm, "images_per_s": round(images, 2)}
-        self.log.metrics(step=self.step, epoch=epoch, patch=patch, **row)
-        bar.set_description(f"{patch}x{patch} epoch {epoch}")
-        bar.set_postfix_str(f"loss {loss:.3f}, lr {self.lr:.1e}, |g| {row['grad_norm']:.2f}, {images:.0f} images/s")
-
-    def validate(self, epoch: int, patch: int) -> None:
-        """Held-out loss at the token level, and at this level's patch side, of the raw weights (and the EMA's)."""
-        if not self.val:
-            return
-        start = time.perf_counter()
-        batch = max(1, self.args.global_batch_size // (self.here.size * self.args.gradient_accumulation_steps))
-        loss = partial(
-            validation_loss, codes=self.val, images=self.args.val_images, batch=batch, here=self.here, amp=self.amp
-        )
-        row = {"val_loss": loss(self.model, patch=1)}
-        if patch > 1:
-            row[f"val_loss_p{patch}"] = loss(self.model, patch=patch)
-        if self.ema:
-            row["val_loss_ema"] = loss(self.ema, patch=1)
-        self.log.metrics(step=self.step, epoch=epoch, patch=patch, **row)
-        words = ", ".join(f"{key} {value:.4f}" for key, value in row.items())
-        self.log.line(f"epoch {epoch} ({patch}x{patch}), step {self.step}: {words}")
-        self.since += time.perf_counter() - start
-
-
-def draw_losses(run: Run, stages: Sequence[Stage], steps_per_epoch: int) -> None:
-    """loss.png: the training loss, a line a level, and the token-level validation loss."""
-    rows = read_metrics(run.folder)
-    series: dict[str, tuple[list[float], list[float]]] = {}
-    for stage in stages:
-        here = [r for r in rows if "loss" in r and r["patch"] == stage.patch]
-        series[f"training, {stage.patch}x{stage.patch} patches"] = (
-            [r["step"] for r in here],
-            [r["loss"] for r in here],
-        )
-    for key, name in (("val_loss", "validation, single codes"), ("val_loss_ema", "validation, single codes, EMA")):
-        here = [r for r in rows if key in r]
-        if here:
-            series[name] = ([r["step"] for r in here], [r[key] for r in here])
-    draw.curves(
-        run.folder / "loss.png", series,
-        x_label="step", y_label="loss (nats a code)", title=run.folder.name,
-        boundaries={s.start * steps_per_epoch: f"{s.patch}x{s.patch}" for s in stages},
-    )  # fmt: skip
+    if codes.manifest and codes.manifest.tokenizer_sha256 not in ("", sha256(args.vq_ckpt)):
+        raise cli.InputError(f"{args.vq_ckpt} is not the tokenizer of these codes (its sha256 differs): give that one")
+    return tokenizer
 
 
 def plain(args: Namespace) -> dict[str, Any]:
     """The arguments as plain data."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+
+    def value(item: Any) -> Any:
+        if isinstance(item, list):
+            return [value(part) for part in item]
+        return str(item) if isinstance(item, Path) else item
+
+    return {key: value(item) for key, item in vars(args).items()}
 
 
-def agree_on_run(args: Namespace, here: World) -> Run:
-    """The first process finds or makes the run's folder; the others hear of it."""
-    fixed = {key: value for key, value in plain(args).items() if key not in FREE}
-    run = [
-        open_run(args.results_dir, args.gpt_model, fixed, args.fresh, args.cloud_save_path) if here.is_main else None
-    ]
-    if here.size > 1:
-        dist.broadcast_object_list(run)
-    return run[0]
+def fingerprint(codes: Codes) -> str:
+    """What the codes are, wherever they lie: a hash of their form, tokenizer, and some of their rows."""
+    images = np.unique(np.linspace(0, len(codes) - 1, 64).astype(np.int64))
+    sha = codes.manifest.tokenizer_sha256 if codes.manifest else ""
+    digest = hashlib.sha256(f"{len(codes)} {codes.views} {codes.tokens} {sha}".encode())
+    for view in range(codes.views):
+        for array in codes.batch(images, np.full(len(images), view)):
+            digest.update(np.ascontiguousarray(array, np.int64))
+    return digest.hexdigest()[:16]
+
+
+def agree_on_run(args: Namespace, recorded: dict[str, Any], here: World) -> Run:
+    """The first process finds or makes the run's folder and holds it; the others hear of it."""
+    run = open_run(args.results_dir, args.gpt_model, recorded, FIXED, args.fresh) if here.is_main else None
+    if here.size == 1:
+        return run
+    heard = [(run.folder, run.finished, run.changed)] if here.is_main else [None]
+    dist.broadcast_object_list(heard)
+    return run or Run(*heard[0])
+
+
+def build(
+    args: Namespace, data: Data, plan: Plan, config: GPTConfig, here: World, run: Run, log: RunLog, keeper: Keeper,
+    tokenizer: torch.nn.Module | None, start: dict[str, torch.Tensor] | None, recorded: dict[str, Any],
+) -> Trainer:  # fmt: skip
+    """The trainer of these arguments, its model initialised from the seed or from given weights."""
+    torch.manual_seed(args.global_seed)
+    model = Transformer(config)
+    if start:
+        model.load_state_dict(start)
+    manifest, dtype = data.codes.manifest, precision_dtype(args.mixed_precision, here.device)
+    classes = manifest.classes if manifest else []
+    settings = Settings(
+        args.global_batch_size, args.global_seed, args.class_dropout_p, args.weight_decay, (args.beta1, args.beta2),
+        args.max_grad_norm, args.gradient_accumulation_steps, args.ema_decay if args.ema else None, dtype,
+        here.device.type == "cuda" if args.compile is None else args.compile, args.activation_checkpointing,
+        args.log_every, args.ckpt_every, args.val_images,
+    )  # fmt: skip
+    about = {
+        "gpt_model": args.gpt_model,
+        "config": asdict(config),
+        "args": recorded,
+        "image_size": args.image_size,
+        "classes": classes,
+        "vq_model": manifest.vq_model if manifest else "",
+        "tokenizer_sha256": manifest.tokenizer_sha256 if manifest else "",
+    }
+    preview: Callable | None = None
+    if tokenizer and here.is_main:
+        preview = Preview(
+            tokenizer, run.folder / "samples", log, args.sample_every, -(-plan.total // plan.steps_per_epoch),
+            classes, config.num_classes, here.device, dtype, args.global_seed,
+        )  # fmt: skip
+    return Trainer(model, data, plan, settings, here, log, keeper, about, preview)
 
 
 def main() -> None:
     args = parse()
-    codes, val = open_codes(args)
-    stages = plan(args, codes)
-    config = gpt_config(args, codes)
-    if args.gpt_ckpt:
-        with torch.device("meta"):
-            empty = Transformer(config)
-        checkpoint.check_fit(
-            empty, checkpoint.state_dict(checkpoint.load(args.gpt_ckpt)), f"{args.gpt_ckpt} (as {args.gpt_model})"
-        )
+    data = open_data(args)
+    plan = make_plan(args, data)
+    config = gpt_config(args, data.codes)
+    table = plan.table(args.global_batch_size, data.codes.tokens, config.training_flops)
+    if args.dry_run:
+        print(table)
+        plan.draw(args.results_dir / "plan.png", args.gpt_model)
+        print(f"drew {args.results_dir / 'plan.png'}")
+        return
+    start, tokenizer = starting_weights(args, config), sample_tokenizer(args, data.codes)
+    recorded = {**plain(args), "data": fingerprint(data.codes)}
+    keep_freed_memory()
     with world() as here:
-        run = agree_on_run(args, here)
+        run = agree_on_run(args, recorded, here)
         if run.finished:
             print(f"{run.folder} is finished already; --fresh starts a new run") if here.is_main else None
             return
-        trainer = Trainer(args, codes, val, stages, here, run)
+        log = RunLog(run.folder, here.is_main, args.tensorboard)
+        keeper = Keeper(run.folder, log, args.keep_last, {stage.stop for stage in plan.stages}, args.cloud_save_path)
+        with stop_signals(here.size) as stop:
+            trainer = build(args, data, plan, config, here, run, log, keeper, tokenizer, start, recorded)
+            trainer.resume(run.checkpoints)
+            if here.is_main:
+                forget_after(run.folder, trainer.step)
+                plan.draw(run.folder / "plan.png", args.gpt_model)
+            parameters = sum(p.numel() for p in trainer.model.parameters())
+            log.line(
+                f"{args.gpt_model}: {parameters / 1e6:.1f}M parameters, {len(data)} images of {data.codes.tokens} codes in "
+                f"{data.codes.views} views, {here.size} process(es) on {here.device.type}; in {run.folder}"
+            )
+            if data.codes.hint:
+                log.line(data.codes.hint)
+            for change in run.changed:
+                log.line(f"changed since the run was started: {change}")
+            log.line(table)
+            ended = trainer.train(stop)
+        if not ended:
+            log.line(
+                f"stopped at step {trainer.step} of {plan.total} by {stop.asked.name if stop.asked else 'another process'}; "
+                "the same command continues"
+            )
+            sys.exit(stop.exit_status())
         if here.is_main:
-            forget_after(run.folder, trainer.step)
-        parameters = sum(p.numel() for p in trainer.model.parameters())
-        trainer.log.line(
-            f"{args.gpt_model}: {parameters / 1e6:.1f}M parameters, {len(codes)} images of {codes.tokens} codes, "
-            f"{here.size} process(es) on {here.device.type}; in {run.folder}"
-        )
-        trainer.log.line(describe(stages, trainer.steps_per_epoch, args, codes.tokens))
-        trainer.train()
-        if here.is_main:
-            draw_losses(run, stages, trainer.steps_per_epoch)
+            draw_losses(run.folder, plan)
+            keeper.close()
             run.finish()
 
 

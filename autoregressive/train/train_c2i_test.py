@@ -1,103 +1,42 @@
-"""The trainer: the published trajectory, any number of processes, a run that was cut off, and wrong inputs."""
+"""The trainer's command: any schedule and number of processes, what it writes and says, and wrong inputs."""
 
-import json
 import math
 import re
-from functools import partial
-from pathlib import Path
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from autoregressive.models.gpt import GPTConfig, Transformer
-from autoregressive.train.optim import adamw, update
-from autoregressive.train.schedule import learning_rate, patch_stages
-from dataset.codes import Manifest, Place, Writer
+from autoregressive.train.toy import SCRIPT, flags, rows, write_codes
+from autoregressive.train.trainer import Data
+from dataset.codes import Codes, toy
+from tokenizer.tokenizer_image.vq_model import VQModel
+from tokenizer.tokenizer_image.vq_model import preset as vq_preset
 from utils import checkpoint
-from utils.ema import ema_copy, update_ema
-from utils.testing import assert_refused, close, fill_by_formula, formula, run_script
-
-SCRIPT = "autoregressive/train/train_c2i.py"
-
-
-def test_published_trajectory():
-    """16 steps over three levels: losses, gradient norms, learning rates, final weights and EMA."""
-    golden = np.load(Path(__file__).parent / "testdata" / "train_trajectory.npz")
-    model_args, train = json.loads(str(golden["config"])), json.loads(str(golden["train"]))
-    config = GPTConfig(
-        dim=model_args["dim"], n_layer=model_args["n_layer"], n_head=model_args["n_head"],
-        vocab_size=model_args["vocab"], block_size=model_args["block"], num_classes=model_args["classes"],
-    )  # fmt: skip
-    model = fill_by_formula(Transformer(config)).train()
-    ema = ema_copy(model)
-    stages = patch_stages(train["epochs"], train["patch_level"], train["epoch_rate"])
-    betas = tuple(train["betas"])
-    optimizer = adamw(model, train["lr"], train["weight_decay"], betas)
-    rate = partial(
-        learning_rate, stages=stages, steps_per_epoch=train["steps_per_epoch"], lr=train["lr"], end_lr=train["end_lr"],
-        warmup_epochs=train["warmup_epochs"], decay_ratio=train["decay_ratio"],
-    )  # fmt: skip
-    for step in range(len(golden["loss"])):
-        assert rate(step) == pytest.approx(float(golden["lr"][step]), rel=1e-6)
-        batch = (
-            torch.from_numpy(golden["idx"][step].astype(np.int64)),
-            torch.from_numpy(golden["cls"][step].astype(np.int64)),
-        )
-        patch = int(golden["p"][step])
-        max_norm = train["max_grad_norm"]
-        loss, norm = update(model, optimizer, [batch], patch, lr=rate(step), max_grad_norm=max_norm)
-        update_ema(ema, model, train["ema_decay"])
-        close(loss, golden["loss"][step])
-        close(norm, golden["grad_norm_before_clip"][step], rtol=1e-4, atol=0)
-    weights, averaged = dict(model.named_parameters()), dict(ema.named_parameters())
-    for i, name in enumerate(golden["names"]):
-        start = torch.from_numpy(formula(str(name), tuple(weights[name].shape)))
-        close(weights[name].norm(), golden["param_norm"][i], rtol=1e-4, atol=0)
-        close((weights[name] - start).norm(), golden["param_moved"][i], rtol=1e-3, atol=0)
-        close((averaged[name] - start).norm(), golden["ema_moved"][i], rtol=1e-3, atol=0)
-
-
-def test_accumulation_equals_the_big_batch():
-    config = GPTConfig(dim=32, n_layer=1, n_head=2, vocab_size=32, block_size=16, num_classes=3)
-    codes, labels = torch.randint(32, (8, 16)), torch.randint(3, (8,))
-    losses = []
-    for parts in (1, 4):
-        model = fill_by_formula(Transformer(config))
-        optimizer = adamw(model, 1e-3, 0.05, (0.9, 0.95))
-        batches = list(zip(codes.chunk(parts), labels.chunk(parts), strict=True))
-        losses.append([update(model, optimizer, batches, 2, lr=1e-3, max_grad_norm=1.0)[0].item() for _ in range(5)])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+from utils.files import sha256
+from utils.log import read_metrics
+from utils.testing import assert_refused, run_script
 
 
 @pytest.fixture(scope="module")
 def code_path(tmp_path_factory):
-    """48 images of 4x4 codes in three classes, each class favouring its own codes."""
-    root = tmp_path_factory.mktemp("codes")
-    manifest = Manifest("toy", 32, 48, 2, 16, 64, shard_size=20, vq_model="VQ-4-small", classes=["a", "b", "c"])
-    writer = Writer(Place(root, "toy", 32), manifest)
-    rng = np.random.default_rng(0)
-    labels = np.arange(48) % 3
-    codes = rng.integers(16, size=(48, 2, 16)) + 16 * labels[:, None, None]
-    for shard in range(manifest.shards):
-        rows = slice(manifest.rows(shard).start, manifest.rows(shard).stop)
-        writer.write(shard, codes[rows], labels[rows])
-    writer.finish()
-    return root
+    return write_codes(tmp_path_factory.mktemp("codes"))
 
 
-def train(code_path, results, *flags, processes=1, **options):
-    return run_script(
-        SCRIPT, "--code-path", code_path, "--val-code-path", code_path, "--dataset", "toy", "--image-size", "32",
-        "--results-dir", results, "--gpt-model", "GPT-XXS", "--global-batch-size", "8", "--epochs", "4",
-        "--patch-level", "2", "--scheduler", "--lr", "1e-3", "--log-every", "1", *flags,
-        processes=processes, **options,
-    )  # fmt: skip
+def published(code_path, results) -> list[str]:
+    """The flags without a schedule."""
+    arguments = flags(code_path, results)
+    for flag in ("--epochs", "--patch-level"):
+        at = arguments.index(flag)
+        del arguments[at : at + 2]
+    return arguments
 
 
-def rows(folder: Path, key: str) -> list[float]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [row[key] for row in map(json.loads, lines) if key in row]
+def train(code_path, results, *more, processes=1, **options):
+    return run_script(SCRIPT, *flags(code_path, results), *more, processes=processes, **options)
 
 
 @pytest.fixture(scope="module")
@@ -141,22 +80,6 @@ class TestRun:
         assert result.returncode == 0
         assert "is finished already" in result.stdout
 
-    def test_a_run_that_was_cut_off_continues_to_the_same_losses(self, finished, code_path, tmp_path):
-        """Dropout, label drop, optimizer, EMA and the schedule included; cut in the middle of an epoch."""
-        flags = ("--ema", "--cloud-save-path", str(tmp_path / "cloud"), "--ckpt-every", "8")
-        assert train(code_path, tmp_path, *flags).returncode == 0
-        folder = tmp_path / "000-GPT-XXS"
-        whole = rows(folder, "loss")
-        assert whole == rows(finished[0], "loss")
-        for name in ("0000012.pt", "0000016.pt", "0000024.pt"):
-            (folder / "checkpoints" / name).unlink()
-        record = json.loads((folder / "run.json").read_text())
-        (folder / "run.json").write_text(json.dumps({**record, "finished": False}))
-        result = train(code_path, tmp_path, *flags)
-        assert "continuing at step 8 of 24" in result.stdout
-        assert rows(folder, "loss") == whole
-        assert rows(folder, "val_loss_ema") == rows(finished[0], "val_loss_ema")
-
 
 def test_two_processes_give_the_losses_of_one(code_path, tmp_path):
     """Same global batch, views and dropped labels, also in parts; dropout is off, its masks belong to a process."""
@@ -167,6 +90,113 @@ def test_two_processes_give_the_losses_of_one(code_path, tmp_path):
     one, two = (tmp_path / str(n) / "000-GPT-XXS" for n in (1, 2))
     for key in ("loss", "grad_norm", "val_loss"):
         np.testing.assert_allclose(rows(one, key), rows(two, key), rtol=1e-4)
+
+
+class TestSchedules:
+    def test_any_schedule_in_steps(self, code_path, tmp_path):
+        """Also one that changes level in the middle of an epoch and ends there."""
+        stages = ("--patch-sizes", "4", "1", "2", "--patch-steps", "3", "4", "9")
+        result = run_script(SCRIPT, *published(code_path, tmp_path), *stages)
+        assert result.returncode == 0, result.stderr
+        folder = tmp_path / "000-GPT-XXS"
+        assert rows(folder, "step")[-1] == 16
+        found = {row["step"]: row["patch"] for row in read_metrics(folder) if "loss" in row}
+        assert found == {step: 4 if step <= 3 else 1 if step <= 7 else 2 for step in range(1, 17)}
+        assert len(rows(folder, "val_loss")) == 5  # two epochs, and the ends of the stages
+        assert "note: the last stage is not on single codes" in result.stdout
+        assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+            "0000003.pt", "0000007.pt", "0000016.pt",
+        ]  # fmt: skip
+
+    def test_free_stages_give_the_losses_of_the_published_flags(self, finished, code_path, tmp_path):
+        stages = ("--patch-sizes", "2", "1", "--patch-epochs", "2", "2", "--ema")
+        assert run_script(SCRIPT, *published(code_path, tmp_path), *stages).returncode == 0
+        assert rows(tmp_path / "000-GPT-XXS", "loss") == rows(finished[0], "loss")
+
+    def test_a_dry_run_prints_and_draws_the_plan_and_nothing_else(self, code_path, tmp_path):
+        result = train(code_path, tmp_path, "--dry-run", "--epochs", "100", "--patch-level", "3")
+        assert result.returncode == 0, result.stderr
+        lines = [line.split() for line in result.stdout.splitlines()]
+        assert [line[:4] for line in lines[1:4]] == [
+            ["4x4", "0-25", "150", "1,200"], ["2x2", "25-50", "150", "4,800"], ["1x1", "50-100", "300", "38,400"],
+        ]  # fmt: skip
+        assert "cost relative to next-token training of the same epochs: 0.578 (positions)" in result.stdout
+        assert [path.name for path in tmp_path.iterdir()] == ["plan.png"]
+
+    @pytest.mark.parametrize(
+        ("stages", "parts"),
+        [
+            (("--patch-sizes", "2", "1"), ("--patch-epochs or --patch-steps",)),
+            (("--patch-sizes", "2", "1", "--patch-epochs", "3"), ("[3.0] for [2, 1]",)),
+            (("--patch-sizes", "3", "1", "--patch-epochs", "3", "3"), ("side 3", "grid of 4x4")),
+            (("--patch-sizes", "2", "1", "--patch-epochs", "0.01", "3"), ("0.01 epochs of 6 steps", "no step")),
+            (("--patch-sizes", "2", "1", "--patch-steps", "3", "3", "--epochs", "3"), ("leave out", "--epochs")),
+            (("--patch-steps", "3"), ("--patch-sizes", "give those too")),
+        ],
+    )
+    def test_wrong_schedules(self, code_path, tmp_path, stages, parts):
+        assert_refused(run_script(SCRIPT, *published(code_path, tmp_path), *stages), *parts)
+        assert not list(tmp_path.iterdir())
+
+
+def test_validation_on_a_split(code_path, tmp_path):
+    """Held-out images are not trained on: 5 of 48 leave 43, 5 steps of 8 an epoch."""
+    arguments = published(code_path, tmp_path)
+    arguments = [a for i, a in enumerate(arguments) if "--val-code-path" not in (a, arguments[i - 1])]
+    result = run_script(SCRIPT, *arguments, "--epochs", "2", "--val-split", "0.1")
+    assert result.returncode == 0, result.stderr
+    assert "43 images of 16 codes in 2 views" in result.stdout
+    assert rows(tmp_path / "000-GPT-XXS", "step")[-1] == 10
+    data = Data.split(Codes(code_path, "toy", 32), 0.1)
+    assert sorted([*data.images, *data.val_images]) == list(range(48)) and len(data.val_images) == 5
+    assert_refused(run_script(SCRIPT, *published(code_path, tmp_path), "--val-split", "0.1"), "two ways")
+
+
+def test_two_code_folders_are_views_of_the_same_images(code_path, tmp_path):
+    write_codes(tmp_path / "other", seed=1)
+    arguments = [str(code_path), str(tmp_path / "other")]
+    result = run_script(SCRIPT, *flags(code_path, tmp_path), "--code-path", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "48 images of 16 codes in 4 views" in result.stdout
+    toy.write_codes(tmp_path / "fewer", images=40, codebook=64)
+    assert_refused(train(code_path, tmp_path, "--code-path", code_path, tmp_path / "fewer"), "48", "40")
+
+
+def test_tensorboard(code_path, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert train(code_path, tmp_path, "--tensorboard").returncode == 0
+    folder = tmp_path / "000-GPT-XXS"
+    events = accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(rows(folder, "loss"))
+    assert {"lr", "grad_norm", "val_loss", "mfu"} <= set(events.Tags()["scalars"])
+
+
+def test_samples_are_drawn_while_training(tmp_path):
+    """A grid every so many epochs and at the end, labelled, without a change to the run; by the codes' tokenizer only."""
+    config = vq_preset("VQ-4-small", codebook_size=64)
+    file = tmp_path / "vq.pt"
+    checkpoint.save(file, {"model": VQModel(config).state_dict(), "vq_model": "VQ-4-small", "config": asdict(config)})
+    toy.write_codes(tmp_path, images=48, tokens=64, codebook=64, tokenizer_sha256=sha256(file))
+    flags = ("--epochs", "3", "--ema")
+    result = train(tmp_path, tmp_path / "with", "--vq-ckpt", file, "--sample-every", "2", *flags)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "with" / "000-GPT-XXS"
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == ["epoch-0002.png", "epoch-0003.png"]
+    with Image.open(folder / "samples" / "epoch-0003.png") as grid:
+        assert grid.width > 8 * 64 and grid.height > 3 * 64  # 3 classes of 8, 32 px enlarged twice, and their names
+    assert train(tmp_path, tmp_path / "without", *flags).returncode == 0
+    assert rows(tmp_path / "without" / "000-GPT-XXS", "loss") == rows(folder, "loss")
+
+    other = tmp_path / "other.pt"
+    checkpoint.save(other, {"model": VQModel(config).state_dict(), "vq_model": "VQ-4-small", "config": asdict(config)})
+    assert_refused(train(tmp_path, tmp_path, "--vq-ckpt", other), "other.pt is not the tokenizer of these codes")
+
+
+def test_a_tokenizer_of_another_grid_is_refused(code_path, tmp_path):
+    file = tmp_path / "vq.pt"
+    checkpoint.save(file, {"model": VQModel(vq_preset("VQ-4-small")).state_dict(), "vq_model": "VQ-4-small",
+                           "config": asdict(vq_preset("VQ-4-small"))})  # fmt: skip
+    assert_refused(train(code_path, tmp_path, "--vq-ckpt", file), "makes 64 codes of 512", "these codes are 16 of 64")
 
 
 def test_drop_path_takes_the_place_of_dropout(code_path, tmp_path):
@@ -185,14 +215,21 @@ def test_start_from_given_weights(finished, code_path, tmp_path):
     assert rows(tmp_path / "000-GPT-XXS", "val_loss")[0] == pytest.approx(rows(finished[0], "val_loss")[-1], rel=1e-3)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(code_path, tmp_path):
-    """And the message names the steps."""
-    result = train(code_path, tmp_path, "--lr", "1e30", "--max-grad-norm", "0")
+@pytest.mark.parametrize(
+    ("log_every", "said"),
+    [(1, r"the gradient norm is nan at step 3"), (6, r"the loss is nan at step [34] and \d more up to step 6")],
+)
+def test_a_loss_that_is_not_finite_stops_the_run(code_path, tmp_path, log_every, said):
+    """The message names the steps, and the last good checkpoint, which stays."""
+    flags = ("--max-grad-norm", "0", "--log-every", log_every, "--ckpt-every", "1" if log_every == 1 else "100")
+    result = train(code_path, tmp_path, "--lr", "1e30", *flags)
     assert result.returncode == 1
-    stopped = re.search(r"the loss is (\S+) between steps \d+ and \d+ \(gradient norm (\S+)\)", result.stderr)
-    assert stopped, result.stderr
-    assert not all(math.isfinite(float(value)) for value in stopped.groups())
+    assert re.search(said, result.stderr), result.stderr
     assert "Traceback" not in result.stderr
+    kept = sorted((tmp_path / "000-GPT-XXS").glob("checkpoints/*"))
+    assert f"the last good checkpoint is {kept[-1] if kept else 'none'};" in result.stderr
+    for path in kept:
+        assert all(torch.isfinite(value).all() for value in checkpoint.load(path)["model"].values())
 
 
 class TestWrongInputs:

@@ -1,0 +1,33 @@
+"""For tests and benchmarks: a small folder of codes, and the training command on it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from dataset.codes import toy
+
+SCRIPT = "autoregressive/train/train_c2i.py"
+
+
+def write_codes(root: Path, seed: int = 0) -> Path:
+    """48 images of 4x4 codes of 64 in two views and three classes, each class favouring its own codes; returns root."""
+    labels = np.arange(48) % 3
+    codes = np.random.default_rng(seed).integers(16, size=(48, 2, 16)) + 16 * labels[:, None, None]
+    toy.write_codes(root, images=48, codebook=64, shard_size=20, vq_model="VQ-4-small", codes=codes, labels=labels)
+    return root
+
+
+def flags(code_path: Path, results: Path) -> list[str]:
+    """A training of 4 epochs of 6 steps, half of them on patches of side 2."""
+    return [
+        "--code-path", str(code_path), "--val-code-path", str(code_path), "--dataset", "toy", "--image-size", "32",
+        "--results-dir", str(results), "--gpt-model", "GPT-XXS", "--global-batch-size", "8", "--epochs", "4",
+        "--patch-level", "2", "--scheduler", "--lr", "1e-3", "--log-every", "1",
+    ]  # fmt: skip
+
+
+def rows(folder: Path, key: str) -> list[float]:
+    """The values of a key in a run's metrics."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row[key] for row in map(json.loads, lines) if key in row]

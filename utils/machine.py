@@ -1,0 +1,65 @@
+"""What this machine can do: its matmul rate, and the memory a process has used."""
+
+import ctypes
+import re
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def seconds(call: Callable[[], Any], repeats: int, device: torch.device, warmup: int = 2) -> float:
+    """Median wall time of a call after some unmeasured ones."""
+    times = []
+    for i in range(warmup + repeats):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if i >= warmup:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, side: int = 2048, repeats: int = 10) -> float:
+    """Measured FLOP/s of a square matrix product."""
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / seconds(lambda: a @ b, repeats, device)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees for its next allocations, where the C library is glibc; otherwise do nothing.
+
+    By default glibc gives blocks above some size back to the system at once. A training step on a CPU frees and allocates
+  XX
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mmap_max, trim_threshold = -4, -1  # names of malloc.h without their M_
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that PyTorch held on a GPU, or that this process had resident on a CPU, since reset_peak_memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+    except (OSError, TypeError):  # not Linux: since the start
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let peak_memory start from what is held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
