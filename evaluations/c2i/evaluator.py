@@ -1,21 +1,23 @@
-"""Measure samples against a reference batch, in the features of a network of your choice.
+"""Measure samples against a reference batch: the published Inception Score, FID, sFID, precision and recall.
 
-    python3 evaluations/c2i/evaluator.py REFERENCE.npz SAMPLES.npz [MORE.npz ...] --network NETWORK.pt2
+    python3 evaluations/c2i/evaluator.py REFERENCE.npz SAMPLES.npz [MORE.npz ...]
 
-Prints Inception Score, FID, precision, recall and, where there are labels, class accuracy, under the network's name, and
-leaves them beside each samples file: the lines in SAMPLES.txt, everything in SAMPLES.metrics.json. README.md beside this
-file says what the figures mean and which may be compared.
+The network is the published Inception, in torch, downloaded on first use; --network NETWORK.pt2 measures in the features
+of one's own. The figures are printed, and left beside each samples file: the lines in SAMPLES.txt, everything in
+SAMPLES.metrics.json. README.md beside this file says what the figures mean and which may be compared.
 """
 
 import argparse
+import json
 import os
 import platform
 import sys
 import time
+import zipfile
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,23 +26,23 @@ import numpy as np
 import scipy
 import torch
 
-from evaluations.c2i import metrics
-from evaluations.c2i.features import Network, extract
-from evaluations.c2i.metrics import NEIGHBOURS, SPLIT, Manifold, Moments
+from evaluations.c2i import checks, metrics, reference_cache, report
+from evaluations.c2i.download import inception_path
+from evaluations.c2i.features import Extracted, Eye, Network, extract
+from evaluations.c2i.inception import BACKENDS, InceptionNetwork
+from evaluations.c2i.manifold import NEIGHBOURS, Manifold, precision_recall
+from evaluations.c2i.metrics import SPLIT, Moments
 from utils import cli
 from utils.cli import InputError
 from utils.distributed import world
-from utils.files import atomic_path, sha256, write_json
+from utils.files import sha256
 from utils.samples import Samples
 
-PER_DIMENSION = 10  # images a feature dimension, below which a covariance is too rough to go unmentioned
-LABELS = {
-    "inception_score": "Inception Score",
-    "fid": "FID",
-    "precision": "Precision",
-    "recall": "Recall",
-    "class_accuracy": "Class accuracy",
-}
+FORMAT = 2  # of metrics.json
+STATISTICS = {
+    "pool": ("mu", "sigma"),
+    "spatial": ("mu_s", "sigma_s"),
+}  # in a file, as ADM's reference batches have them
 
 
 def npz(text: str) -> Path:
@@ -54,105 +56,146 @@ def npz(text: str) -> Path:
 def parse() -> Namespace:
     parser = cli.Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("reference", type=npz, help="what the samples are compared with: an .npz with arr_0 (uint8, NHWC)")
-    add("samples", type=npz, nargs="+", help="of the same form and size; labels in arr_1, if any, give class accuracy")
-    add("--network", type=Path, required=True, help="an exported network (.pt2); train_classifier.sh makes one")
-    add("--batch-size", type=cli.positive_int, default=256)
+    add("reference", type=npz, help="what the samples are compared with: an .npz with arr_0 (uint8, NHWC); statistics in it "
+        "(mu, sigma, mu_s, sigma_s) serve FID and sFID, as published")  # fmt: skip
+    add("samples", type=npz, nargs="+", help="of the same form and size, labels in arr_1")
+    add("--network", type=Path, help="an exported network (.pt2) instead of Inception; train_classifier.sh makes one")
+    add("--inception", type=Path, help="classify_image_graph_def.pb; default: here, or downloaded once")
+    add("--backend", choices=BACKENDS, default="torch", help="what runs Inception; tensorflow runs the graph itself")
+    add("--batch-size", type=cli.positive_int, help="default: one that suits the network and the device")
     add("--pr-images", type=cli.positive_int, default=50000,
         help="at most so many of each file, evenly spaced, enter precision and recall")  # fmt: skip
-    return parser.parse_args()
+    add("--float16-distances", action="store_true",
+        help="precision and recall with the published evaluator's rounding, bit for bit, instead of exact ones")  # fmt: skip
+    add("--kid", action="store_true", help="also KID, over 100 subsets of 1,000 images")
+    add("--force", action="store_true", help="measure what is refused otherwise: other sizes, images of one colour")
+    args = parser.parse_args()
+    if args.network and (args.inception or args.backend != "torch"):
+        raise InputError("--network is another network than Inception: leave out --inception and --backend")
+    return args
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Everything the command line names, opened and checked."""
+@dataclass
+class File:
+    """A samples file that is open and checked."""
 
-    reference: Samples
-    samples: list[Samples]
-    network: Network
-    sha256: dict[Path, str]
+    images: Samples
+    given: dict[str, Moments]  # statistics that it brings along, of Inception's features
+    remarks: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
 
-    @classmethod
-    def open(cls, args: Namespace, device: torch.device) -> "Inputs":
-        """Raises InputError for whatever would stop the work later."""
-        reference, samples = Samples(args.reference), [Samples(path) for path in args.samples]
-        network = Network.load(args.network, device)
-        for file in (reference, *samples):
-            check_fit(file, reference)
-            network.check_size(file)
-        for folder in {file.path.parent for file in samples}:
-            if not os.access(folder, os.W_OK):
-                raise InputError(f"{folder} cannot be written to, but figures go beside their samples: copy them")
-        if args.pr_images <= NEIGHBOURS:
-            raise InputError(f"--pr-images: expected at least {NEIGHBOURS + 1}, got {args.pr_images}")
-        return cls(reference, samples, network, {file.path: sha256(file.path) for file in (reference, *samples)})
+    @cached_property
+    def sha256(self) -> str:
+        with timed(self.seconds, "hash"):
+            return sha256(self.images.path)
+
+    def about(self, m: int) -> dict[str, Any]:
+        """What this file is, for the record."""
+        labels = self.images.labels
+        return {
+            "file": self.images.path.name, "sha256": self.sha256, "images": len(self.images),
+            "precision_recall_images": m, "statistics": "given" if self.given else "computed",
+        } | ({} if labels is None else {"labels": metrics.class_counts(labels)})  # fmt: skip
 
 
-def check_fit(file: Samples, reference: Samples) -> None:
-    """InputError for images of another size than the reference's, and for too few."""
-    n, height, width, _ = file.shape
-    _, wanted_height, wanted_width, _ = reference.shape
-    if (height, width) != (wanted_height, wanted_width):
-        raise InputError(
-            f"{file.path} holds images of {height}x{width}, {reference.path} of {wanted_height}x{wanted_width}: "
-            "compare images of one size"
-        )
-    if n <= NEIGHBOURS:
-        raise InputError(f"{file.path} holds {n} images; expected at least {NEIGHBOURS + 1}, better thousands")
-
-
-def remarks(inputs: Inputs) -> list[str]:
-    """What makes figures of these files less than they seem."""
-    found = []
-    enough = PER_DIMENSION * inputs.network.dimensions
-    for file in (inputs.reference, *inputs.samples):
-        if len(file) < enough:
-            found.append(
-                f"{file.path} holds {len(file)} images, fewer than {PER_DIMENSION} for each of the "
-                f"{inputs.network.dimensions} features: FID is biased upwards, compare it at equal numbers only"
-            )
-    for file in inputs.samples:
-        if inputs.sha256[file.path] == inputs.sha256[inputs.reference.path]:
-            found.append(f"{file.path} is the reference, byte for byte")
-        if len(file) > SPLIT and file.labels is not None and (np.diff(file.labels) >= 0).all():
-            found.append(
-                f"{file.path} is sorted by class, so its Inception Score, by splits of {SPLIT} in order as published, "
-                "is too low: see inception_score_shuffled in its metrics.json"
+def given_statistics(path: Path, network: Eye) -> dict[str, Moments]:
+    """Statistics of Inception's features that a file holds; none for another network. InputError for what they cannot be."""
+    if not network.spatial_dimensions:
+        return {}
+    sizes = {"pool": network.dimensions, "spatial": network.spatial_dimensions}
+    try:
+        with np.load(path) as file:
+            if "mu" not in file:
+                return {}
+            found = {part: Moments.given(*(file[key] for key in keys)) for part, keys in STATISTICS.items()}
+    except KeyError as error:
+        raise InputError(f"{path} holds mu, but not all of sigma, mu_s and sigma_s ({error})") from None
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} holds statistics that cannot be used: {error}") from None
+    for part, moments in found.items():
+        if moments.dimensions != sizes[part]:
+            raise InputError(
+                f"{path} holds {STATISTICS[part][0]} of {moments.dimensions} values, expected {sizes[part]}"
             )
     return found
 
 
-class Features:
-    """A file in the network's features, and what is computed of it once; `seconds` is how long its phases took."""
+@dataclass
+class Inputs:
+    """Everything the command line names, opened and checked."""
 
-    def __init__(self, file: Samples, network: Network, args: Namespace) -> None:
-        self.file, self.device, self.seconds = file, network.device, {}
-        with timed(self.seconds, "features"):
-            self.all_ND, self.logits_NC = extract(network, file, args.batch_size)
-        n, m = len(file), min(len(file), args.pr_images)
-        self.spaced_MD = self.all_ND[np.arange(m) * n // m]  # for precision and recall
+    reference: File
+    samples: list[File]
+    network: Eye
+
+    @classmethod
+    def open(cls, args: Namespace, device: torch.device) -> "Inputs":
+        """Raises InputError for whatever would stop the work later."""
+        reference, *files = (Samples(path) for path in (args.reference, *args.samples))
+        fits = [checks.check_fit(file, reference, args.force) for file in (reference, *files)]
+        for folder in {file.path.parent for file in files}:
+            if not os.access(folder, os.W_OK):
+                raise InputError(f"{folder} cannot be written to, but figures go beside their samples: copy them")
+        if args.pr_images <= NEIGHBOURS:
+            raise InputError(f"--pr-images: expected at least {NEIGHBOURS + 1}, got {args.pr_images}")
+        network = load_network(args, device)
+        for file in (reference, *files):
+            network.check_size(file)
+        opened = [File(file, given_statistics(file.path, network), fit)
+                  for file, fit in zip((reference, *files), fits, strict=True)]  # fmt: skip
+        for file in opened:
+            file.remarks += checks.few_images(file.images, network, bool(file.given))
+        opened[0].remarks += checks.validation_reference(reference, bool(opened[0].given))
+        return cls(opened[0], opened[1:], network)
+
+
+def load_network(args: Namespace, device: torch.device) -> Eye:
+    if args.network:
+        return Network.load(args.network, device)
+    return InceptionNetwork(inception_path(args.inception), device, args.backend)
+
+
+class Features:
+    """A file in the network's features, and what is computed of it once."""
+
+    def __init__(self, file: File, extracted: Extracted, pool: Moments | None, args: Namespace, network: Eye) -> None:
+        self.file, self.extracted, self.device = file, extracted, network.device
+        self.float16, self._pool = args.float16_distances, pool
+        n, m = len(extracted.features_ND), min(len(extracted.features_ND), args.pr_images)
+        spaced = np.arange(m) * n // m if m < n else slice(None)  # all of them are no copy
+        self.spaced_MD = extracted.features_ND[spaced]  # for precision and recall
 
     @cached_property
-    def moments(self) -> Moments:
-        return metrics.moments_of(self.all_ND)
+    def pool(self) -> Moments:
+        return self.file.given.get("pool") or self._pool or metrics.moments_of(self.extracted.features_ND, self.device)
+
+    @property
+    def spatial(self) -> Moments | None:
+        return self.file.given.get("spatial") or self.extracted.spatial
 
     @cached_property
     def manifold(self) -> Manifold:
-        return Manifold(self.spaced_MD, device=self.device)
+        return Manifold(self.spaced_MD, device=self.device, float16=self.float16)
 
     def class_accuracy(self) -> float | None:
-        """None without labels, or with labels that are no classes of the network."""
-        labels = self.file.labels
-        if labels is None or labels.min() < 0 or labels.max() >= self.logits_NC.shape[1]:
+        """None without labels, with labels that are no classes of the network, and for Inception, which has its own."""
+        labels, logits_NC = self.file.images.labels, self.extracted.logits_NC
+        if self.extracted.spatial or labels is None or labels.min() < 0 or labels.max() >= logits_NC.shape[1]:
             return None
-        return metrics.class_accuracy(self.logits_NC, labels)
+        return metrics.class_accuracy(logits_NC, labels)
 
-    def about(self, inputs: Inputs) -> dict[str, Any]:
-        """What this file is, for the record."""
-        return {
-            "file": self.file.path.name, "sha256": inputs.sha256[self.file.path], "images": len(self.file),
-            "precision_recall_images": len(self.spaced_MD),
-        }  # fmt: skip
+
+def reference_features(inputs: Inputs, args: Namespace) -> Features:
+    """The reference in the network's features: from the cache, or computed and put there."""
+    file, network = inputs.reference, inputs.network
+    entry = reference_cache.entry_path(network, file.sha256)
+    with timed(file.seconds, "features"):
+        found = reference_cache.load(entry, network)
+        if found is None:
+            extracted = extract(network, file.images, args.batch_size or network.batch_size, logits=False)
+            found = extracted, metrics.moments_of(extracted.features_ND, network.device)
+            reference_cache.store(entry, *found)
+    return Features(file, *found, args, network)
 
 
 @contextmanager
@@ -163,80 +206,106 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = round(time.monotonic() - start, 3)
 
 
-def compare(reference: Features, samples: Features) -> dict[str, float]:
-    """All figures of the samples; how long each took is added to their `seconds`."""
-    seconds, found = samples.seconds, {}
+def compare(reference: Features, samples: Features, kid: bool) -> dict[str, float]:
+    """All figures of the samples; how long each took is added to their file's `seconds`."""
+    seconds, found, logits_NC = samples.file.seconds, {}, samples.extracted.logits_NC
     with timed(seconds, "inception_score"):
-        found["inception_score"] = metrics.inception_score(samples.logits_NC, SPLIT)
-        found["inception_score_shuffled"] = metrics.inception_score(samples.logits_NC, SPLIT, shuffle_seed=0)
+        found["inception_score"] = metrics.inception_score(logits_NC, SPLIT)
+        found["inception_score_shuffled"] = metrics.inception_score(logits_NC, SPLIT, shuffle_seed=0)
+        found["inception_score_one_split"] = metrics.inception_score(logits_NC, None)
     with timed(seconds, "fid"):
-        found["fid"] = metrics.frechet_distance(reference.moments, samples.moments)
+        found["fid"] = metrics.frechet_distance(reference.pool, samples.pool)
+    if reference.spatial and samples.spatial:
+        with timed(seconds, "sfid"):
+            found["sfid"] = metrics.frechet_distance(reference.spatial, samples.spatial)
     with timed(seconds, "precision_recall"):
-        found["precision"] = reference.manifold.coverage(samples.spaced_MD)
-        found["recall"] = samples.manifold.coverage(reference.spaced_MD)
+        found["precision"], found["recall"] = precision_recall(reference.manifold, samples.manifold)
+    if kid:
+        with timed(seconds, "kid"):
+            features = reference.extracted.features_ND, samples.extracted.features_ND
+            found["kid"], found["kid_deviation"] = metrics.kernel_distance(*features, device=samples.device)
     accuracy = samples.class_accuracy()
     return found if accuracy is None else found | {"class_accuracy": accuracy}
 
 
-def record(inputs: Inputs, reference: Features, samples: Features, found: dict[str, float]) -> dict[str, Any]:
-    """The figures and all that they depend on, as plain data."""
-    network = inputs.network
+def settings_of(inputs: Inputs, file: File, args: Namespace) -> dict[str, Any]:
+    """All that figures depend on, as plain data: where it is equal, they are."""
+    network, reference = inputs.network, inputs.reference
     return {
-        "metrics": found,
+        "format": FORMAT,
         "network": {
-            "name": network.name, "file": network.path.name, "sha256": network.sha256,
+            "name": network.name, "backend": network.backend, "file": network.path.name, "sha256": network.sha256,
             "dimensions": network.dimensions, "classes": network.classes,
         },
-        "reference": reference.about(inputs),
-        "samples": samples.about(inputs),
+        "reference": reference.about(min(len(reference.images), args.pr_images)),
+        "samples": file.about(min(len(file.images), args.pr_images)),
         "neighbours": NEIGHBOURS,
         "split": SPLIT,
+        "float16_distances": args.float16_distances,
+        "kid": args.kid,
+    }  # fmt: skip
+
+
+def measured_before(path: Path, settings: dict[str, Any]) -> dict[str, float] | None:
+    """The figures that a file's record holds, if they were measured with these settings."""
+    try:
+        content = json.loads(path.with_suffix(".metrics.json").read_text())
+        figures = {key: float(value) for key, value in content["metrics"].items()}
+        return figures if {key: content.get(key) for key in settings} == settings else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def measure(
+    inputs: Inputs, reference: Features, file: File, args: Namespace, settings: dict[str, Any]
+) -> dict[str, float]:
+    """Figures of a file; its record is written, and what there is to say about them is said."""
+    network = inputs.network
+    with timed(file.seconds, "features"):
+        extracted = extract(network, file.images, args.batch_size or network.batch_size)
+    figures = compare(reference, Features(file, extracted, None, args, network), args.kid)
+    found = checks.same_images(file.images, extracted, reference.file.images, reference.extracted)
+    found += checks.order_of_samples(file.images, figures)
+    say(found)
+    content = {
+        "metrics": figures, **settings,
         "device": str(network.device),
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
             "scipy": scipy.__version__,
         },
-        "seconds": {"reference_features": reference.seconds["features"], **samples.seconds},
+        "warnings": inputs.reference.remarks + file.remarks + found,
+        "seconds": {"reference_features": reference.file.seconds["features"], **file.seconds},
     }  # fmt: skip
+    report.write(file.images.path, report.figure_lines(figures, network.name), content)
+    return figures
 
 
-def published_lines(found: dict[str, float], name: str) -> list[str]:
-    """Lines in the published evaluator's form, with the network's name in each label."""
-    return [f"{label}({name}): {found[key]:.4f}" for key, label in LABELS.items() if key in found]
-
-
-def table(rows: list[tuple[Samples, dict[str, float]]], name: str) -> str:
-    """A line a file."""
-    widths = {key: max(len(label), 9) for key, label in LABELS.items()}
-    lines = ["  ".join([" images", *(label.rjust(widths[key]) for key, label in LABELS.items()), "file"])]
-    for file, found in rows:
-        cells = [(f"{found[key]:.4f}" if key in found else "-").rjust(width) for key, width in widths.items()]
-        lines.append("  ".join([str(len(file)).rjust(7), *cells, file.path.name]))
-    return "\n".join([f"In the features of {name}:", *lines])
-
-
-def report(path: Path, lines: list[str], content: dict[str, Any]) -> None:
-    """Print a file's lines, and write them and the record beside it."""
-    print("\n".join([f"{path}:", *lines]), flush=True)
-    with atomic_path(path.with_suffix(".txt")) as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
-    write_json(path.with_suffix(".metrics.json"), content)
+def say(remarks: list[str]) -> None:
+    for remark in remarks:
+        print(f"warning: {remark}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
     args = parse()
     with world() as here:
         inputs = Inputs.open(args, here.device)
-        for remark in remarks(inputs):
-            print(f"warning: {remark}", file=sys.stderr, flush=True)
-        reference, name, rows = Features(inputs.reference, inputs.network, args), inputs.network.name, []
+        say([remark for file in (inputs.reference, *inputs.samples) for remark in file.remarks])
+        reference, name, rows = None, inputs.network.name, []
         for file in inputs.samples:
-            samples = Features(file, inputs.network, args)
-            found = compare(reference, samples)
-            rows.append((file, found))
-            report(file.path, published_lines(found, name), record(inputs, reference, samples, found))
+            path, settings = file.images.path, settings_of(inputs, file, args)
+            figures = measured_before(path, settings)
+            print(f"{path}:{'' if figures is None else ' (measured before)'}", flush=True)
+            if figures is None:
+                reference = reference or reference_features(inputs, args)
+                figures = measure(inputs, reference, file, args, settings)
+            print("\n".join(report.figure_lines(figures, name)), flush=True)
+            rows.append((path, len(file.images), figures))
     if len(rows) > 1:
-        print(table(rows, name))
+        print(report.table([(path.name, n, figures) for path, n, figures in rows], name))
+    for path, scales in report.sweeps([(path, figures) for path, _, figures in rows]).items():
+        report.draw_sweep(path, scales, name)
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

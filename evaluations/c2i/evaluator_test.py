@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 
 from dataset.images import load_image
-from evaluations.c2i import evaluator, reference, train_classifier
+from evaluations.c2i import checks, evaluator, reference, train_classifier
 from evaluations.c2i.classifier import Classifier, fused
 from evaluations.c2i.features import save_network
+from evaluations.c2i.inception import InceptionNetwork
+from evaluations.c2i.stand_in import write_stand_in
 from utils import cli, samples
 from utils.files import sha256
 from utils.samples import Samples
@@ -29,6 +31,19 @@ def write_images(root, each: int, seed: int):
             pixels = np.clip(rng.normal(colour, 40, (20, 16, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(root / name / f"{i:03d}.png")
     return root
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """A cache folder for each test."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "next-patch-prediction"
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory):
+    return write_stand_in(tmp_path_factory.mktemp("graph") / "stand-in.pb")
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +88,8 @@ class TestReference:
         paths = sorted((made / "train").rglob("*.png"))
         expected = [np.array(Image.open(path))[2:18] for path in paths[::2]]
         assert np.array_equal(np.concatenate(list(batch.batches(50))), expected)
+        record = json.loads((made / "ref.json").read_text())
+        assert (record["images"], record["of"], record["data_path"]) == (120, 240, str(made / "train"))
 
     def test_what_is_there_is_left_alone(self, made, call):
         before = (made / "ref.npz").stat().st_mtime_ns
@@ -142,20 +159,25 @@ class TestEvaluator:
         assert 0.3 < found["precision"] <= 1 and 0.3 < found["recall"] <= 1
         assert found["class_accuracy"] == json.loads((made / "net.json").read_text())["val_accuracy"]
         assert content["network"] == {
-            "name": "colours", "file": "net.pt2", "sha256": sha256(made / "net.pt2"), "dimensions": 96, "classes": 3,
+            "name": "colours", "backend": "torch", "file": "net.pt2", "sha256": sha256(made / "net.pt2"),
+            "dimensions": 96, "classes": 3,
         }  # fmt: skip
         assert content["samples"] == {
             "file": "val.npz", "sha256": sha256(made / "val.npz"), "images": 60, "precision_recall_images": 60,
+            "statistics": "computed", "labels": {"classes": 3, "least": 20, "most": 20},
         }  # fmt: skip
         assert content["reference"]["sha256"] == sha256(made / "ref.npz")
         assert set(content["seconds"]) == {
-            "reference_features", "features", "inception_score", "fid", "precision_recall",
+            "reference_features", "hash", "features", "inception_score", "fid", "precision_recall",
         }  # fmt: skip
 
         warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
-        assert sum("fewer than 10 for each of the 96 features" in line for line in warnings) == 3
-        assert sum(f"{copy} is the reference, byte for byte" in line for line in warnings) == 1
+        assert sum("fewer than 10 for each of the 96 features" in line for line in warnings) == 2
+        assert sum("val.npz holds 60 images, no more than the 96 features" in line for line in warnings) == 1
+        assert sum(f"120 of the 120 images of {copy} are images of" in line for line in warnings) == 1
         assert len(warnings) == 4
+        assert content["warnings"] == [line.removeprefix("warning: ") for line in warnings if "val.npz" in line or
+                                       "ref.npz holds" in line]  # fmt: skip
 
     @staticmethod
     def cells(path) -> list[str]:
@@ -190,12 +212,112 @@ class TestEvaluator:
 
     def test_trap_samples_sorted_by_class(self, made, call, tmp_path, monkeypatch):
         """Splits in order see some of the classes only: said, with the figure of shuffled samples beside it."""
-        monkeypatch.setattr(evaluator, "SPLIT", 20)
+        for module in (evaluator, checks):
+            monkeypatch.setattr(module, "SPLIT", 20)
         (tmp_path / "val.npz").write_bytes((made / "val.npz").read_bytes())
         result = call(evaluator, made / "ref.npz", tmp_path / "val.npz", "--network", made / "net.pt2")
-        assert "val.npz is sorted by class, so its Inception Score" in result.stderr
+        assert "the Inception Score of" in result.stderr and "the images are not in random order" in result.stderr
         found = json.loads((tmp_path / "val.metrics.json").read_text())["metrics"]
         assert found["inception_score"] < 1.2 and found["inception_score_shuffled"] > 2.3
+        assert found["inception_score_one_split"] > 2.5
+
+    def test_what_is_measured_is_not_measured_again(self, made, call, tmp_path, monkeypatch):
+        """Unless something that it depends on has changed; the reference is measured once in any case."""
+        seen = []
+        extract = evaluator.extract
+        monkeypatch.setattr(evaluator, "extract", lambda *a, **b: (seen.append(a[1].path.name), extract(*a, **b))[1])
+        for name in ("a.npz", "b.npz"):
+            (tmp_path / name).write_bytes((made / "val.npz").read_bytes())
+        given = (made / "ref.npz", tmp_path / "a.npz", tmp_path / "b.npz", "--network", made / "net.pt2")
+        first = call(evaluator, *given)
+        assert (first.returncode, seen) == (0, ["ref.npz", "a.npz", "b.npz"])
+        (tmp_path / "b.metrics.json").write_text("{")
+        again = call(evaluator, *given)
+        assert seen == ["ref.npz", "a.npz", "b.npz", "b.npz"]
+        assert again.stdout == first.stdout.replace("a.npz:", "a.npz: (measured before)", 1)
+        (tmp_path / "a.npz").write_bytes((made / "ref.npz").read_bytes())
+        call(evaluator, *given)
+        assert seen[4:] == ["a.npz"]
+        call(evaluator, *given, "--kid")
+        assert seen[5:] == ["a.npz", "b.npz"]
+        found = json.loads((tmp_path / "b.metrics.json").read_text())["metrics"]
+        assert found["kid_deviation"] >= 0 and "KID(colours): " in (tmp_path / "b.txt").read_text()
+
+    def test_a_damaged_cache_is_computed_again(self, made, call, tmp_path, cache):
+        (tmp_path / "a.npz").write_bytes((made / "val.npz").read_bytes())
+        given = (made / "ref.npz", tmp_path / "a.npz", "--network", made / "net.pt2")
+        figures = []
+        for _ in range(2):
+            assert call(evaluator, *given).returncode == 0
+            figures.append((tmp_path / "a.txt").read_text())
+            (tmp_path / "a.metrics.json").unlink()
+            [entry] = (cache / "references").iterdir()
+            entry.write_bytes(entry.read_bytes()[:1000])
+        assert figures[0] == figures[1]
+
+    def test_a_sweep_is_drawn(self, made, call, tmp_path):
+        rng = np.random.default_rng(0)
+        names = [f"model-cfg-{scale}-seed-0.npz" for scale in ("1.0", "1.5", "10.0")]
+        for name in names:
+            np.savez(tmp_path / name, arr_0=rng.integers(0, 256, (30, 16, 16, 3), np.uint8))
+        result = call(evaluator, made / "ref.npz", *(tmp_path / n for n in names), "--network", made / "net.pt2")
+        assert f"wrote {tmp_path}/model-cfg-sweep-seed-0.png" in result.stdout
+        with Image.open(tmp_path / "model-cfg-sweep-seed-0.png") as image:
+            assert image.width > 1000
+
+
+class TestInception:
+    """The published command, with the stand-in's weights."""
+
+    def files(self, folder, **arrays):
+        rng = np.random.default_rng(0)
+        for name in ("ref", "a"):
+            np.savez(folder / f"{name}.npz", arr_0=rng.integers(0, 256, (6, 20, 20, 3), np.uint8),
+                     **(arrays if name == "ref" else {}))  # fmt: skip
+        return folder / "ref.npz", folder / "a.npz"
+
+    def test_the_published_lines(self, graph, call, tmp_path):
+        result = call(evaluator, *self.files(tmp_path), "--inception", graph)
+        assert result.returncode == 0, result.stderr
+        content = json.loads((tmp_path / "a.metrics.json").read_text())
+        found = content["metrics"]
+        labels = {"Inception Score": "inception_score", "FID": "fid", "sFID": "sfid", "Precision": "precision",
+                  "Recall": "recall"}  # fmt: skip
+        lines = [f"{label}: {found[key]}" for label, key in labels.items()]
+        assert (tmp_path / "a.txt").read_text().splitlines() == lines
+        assert result.stdout.splitlines() == [f"{tmp_path / 'a.npz'}:", *lines]
+        assert (content["network"]["name"], content["network"]["backend"]) == ("Inception", "torch")
+        assert result.stderr.count("no more than the 2048 features") == 2
+
+    def test_statistics_of_the_reference(self, graph, call, tmp_path):
+        """They give FID and sFID, here those of the samples themselves; its images give precision and recall."""
+        reference, samples = self.files(tmp_path)
+        pool, _, spatial = InceptionNetwork(graph)(np.load(samples)["arr_0"])
+        arrays = {"mu": pool.mean(0, np.float64), "sigma": np.cov(pool.T), "mu_s": spatial.mean(0, np.float64),
+                  "sigma_s": np.cov(spatial.T)}  # fmt: skip
+        self.files(tmp_path, **arrays)
+        result = call(evaluator, reference, samples, "--inception", graph)
+        assert result.returncode == 0, result.stderr
+        content = json.loads((tmp_path / "a.metrics.json").read_text())
+        assert content["metrics"]["fid"] < 1e-3 and content["metrics"]["sfid"] < 1e-2
+        assert content["reference"]["statistics"] == "given"
+        assert result.stderr.count("no more than the 2048 features") == 1
+
+        def refused(*parts, **changes):
+            (tmp_path / "a.metrics.json").unlink(missing_ok=True)
+            self.files(tmp_path, **{k: v for k, v in (arrays | changes).items() if v is not None})
+            assert_refused(call(evaluator, reference, samples, "--inception", graph), *parts)
+
+        refused("ref.npz holds mu, but not all of sigma, mu_s and sigma_s", sigma_s=None)
+        refused("ref.npz holds mu of 3 values, expected 2048", mu=np.zeros(3), sigma=np.eye(3))
+        refused("statistics that cannot be used: NaN or infinity", mu=np.full(2048, np.nan))
+        refused("statistics that cannot be used", "shape", mu=np.zeros(3))
+
+    def test_wrong_options(self, graph, call, tmp_path):
+        given = self.files(tmp_path)
+        assert_refused(call(evaluator, *given, "--inception", tmp_path / "x.pb"), "there is no graph", "x.pb")
+        for more in (("--inception", graph), ("--backend", "tensorflow")):
+            assert_refused(call(evaluator, *given, "--network", "x.pt2", *more), "--network is another network than")
 
 
 class TestRefusals:
@@ -242,7 +364,17 @@ class TestRefusals:
 
     def test_sizes_that_differ(self, refused, tmp_path):
         np.savez(tmp_path / "x.npz", arr_0=np.zeros((60, 8, 16, 3), np.uint8))
-        refused("x.npz holds images of 8x16", "ref.npz of 16x16", samples=tmp_path / "x.npz")
+        refused("x.npz holds images of 8x16", "ref.npz of 16x16", "--force", samples=tmp_path / "x.npz")
+        forced = ("--force",)  # the network takes one size only
+        refused("x.npz holds images of 8x16, but colours", "takes 16x16", samples=tmp_path / "x.npz", more=forced)
+
+    def test_images_of_one_colour(self, refused, made, call, tmp_path):
+        np.savez(tmp_path / "x.npz", arr_0=np.full((60, 16, 16, 3), 9, np.uint8))
+        refused("the first 60 images of", "x.npz are of one colour each; --force", samples=tmp_path / "x.npz")
+        given = (made / "ref.npz", tmp_path / "x.npz", "--network", made / "net.pt2", "--force")
+        result = call(evaluator, *given)
+        assert result.returncode == 0, result.stderr
+        assert "60 of the 60 images of" in result.stderr and "59 of the 60 images of" in result.stderr
 
     def test_a_network_for_another_size(self, refused, tmp_path):
         save_network(tmp_path / "small.pt2", fused(Classifier(3)), 8, "of-8-px")

@@ -1,25 +1,29 @@
-"""Features and logits of images by an exported network of one's own: the `.pt2` file, its writer and its reader.
+"""Features and logits of images: by an exported network of one's own (the `.pt2` file, its writer and its reader), and of
+all images of a samples file, by any network.
 
-The file is written by torch.export.save: a program from uint8 images (B, H, W, 3), any B, to (features (B, D), logits
-(B, C)). Its name, which labels every figure, is the extra file `name`; without one, the file's own name serves.
-Reading an exported program can run code that it holds: use networks that you trust.
+The file of a network of one's own is written by torch.export.save: a program from uint8 images (B, H, W, 3), any B, to
+(features (B, D), logits (B, C)). Its name, which labels every figure, is the extra file `name`; without one, the file's own
+name serves. Reading an exported program can run code that it holds: use networks that you trust.
 """
 
+import hashlib
 import io
 import logging
 import re
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
+from evaluations.c2i.metrics import Moments
 from utils.cli import InputError
 from utils.files import atomic_path, sha256
 from utils.log import progress
@@ -53,6 +57,9 @@ class Network:
     classes: int
     module: nn.Module
     device: torch.device
+    backend: str = "torch"
+    batch_size: int = 256
+    spatial_dimensions: int = 0
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "Network":
@@ -73,7 +80,7 @@ class Network:
     def __call__(self, images_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """uint8 (n, H, W, 3) -> features (n, D), logits (n, C), float32; convolutions in full float32 on GPUs too."""
         images = torch.from_numpy(images_NHWC.copy()).to(self.device)  # a copy, as what is read from files is read-only
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with full_float32():
             features, logits = self.module(images)
         return features.float().cpu().numpy(), logits.float().cpu().numpy()
 
@@ -87,26 +94,107 @@ class Network:
             )
 
 
-def extract(
-    network: Network, samples: Samples, batch_size: int = 256, show: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
-    """Features (N, D) and logits (N, C), float32, of all images of a samples file, read batch by batch.
+class Eye(Protocol):
+    """What a network must offer to measure with: Network here, and InceptionNetwork.
+
+    A call gives features (n, dimensions), logits (n, classes) and, if it has any, features of another layer for sFID
+    (n, spatial_dimensions) of uint8 images (n, H, W, 3).
+    """
+
+    name: str
+    path: Path
+    sha256: str
+    dimensions: int
+    classes: int
+    spatial_dimensions: int
+    device: torch.device
+    backend: str
+    batch_size: int
+
+    def __call__(self, images_NHWC: np.ndarray) -> tuple[np.ndarray, ...]: ...
+
+    def check_size(self, samples: Samples) -> None: ...
+
+
+@dataclass
+class Extracted:
+    """A samples file in a network's features; of the other layer, moments only, as it would take as much memory again."""
+
+    features_ND: np.ndarray  # float32
+    logits_NC: np.ndarray  # float32
+    spatial: Moments | None
+    digests_N: np.ndarray  # 16 bytes an image: equal for equal pixels
+    constant: int  # images of one colour
+
+
+def extract(network: Eye, samples: Samples, batch_size: int = 256, show: bool = True, logits: bool = True) -> Extracted:
+    """Everything that figures need of a samples file, read batch by batch; logits (N, 0) if they are not asked for.
 
     Raises InputError for images of another size than the network's, and for features that are not finite.
     """
     network.check_size(samples)
-    features_ND = np.empty((len(samples), network.dimensions), np.float32)
-    logits_NC = np.empty((len(samples), network.classes), np.float32)
+    n = len(samples)
+    found = Extracted(
+        np.empty((n, network.dimensions), np.float32),
+        np.empty((n, network.classes if logits else 0), np.float32),
+        Moments(network.spatial_dimensions, network.device) if network.spatial_dimensions else None,
+        np.empty(n, "V16"),
+        0,
+    )
     done = 0
-    with progress(total=len(samples), desc=f"features of {samples.path.name}", unit=" images", show=show) as bar:
-        for images in samples.batches(batch_size):
+    with progress(total=n, desc=f"features of {samples.path.name}", unit=" images", show=show) as bar:
+        for images, digests, constant in _ahead(map(_looked_at, samples.batches(batch_size))):
             rows = slice(done, done + len(images))
-            features_ND[rows], logits_NC[rows] = network(images)
+            features_BD, logits_BC, *spatial = network(images)
+            _check_finite(network, samples, features_BD, logits_BC, *spatial)
+            found.features_ND[rows], found.digests_N[rows] = features_BD, digests
+            found.constant += constant
+            if logits:
+                found.logits_NC[rows] = logits_BC
+            if found.spatial is not None:
+                found.spatial.add(*spatial)
             done += len(images)
             bar.update(len(images))
-    if not (np.isfinite(features_ND).all() and np.isfinite(logits_NC).all()):
+    return found
+
+
+def _looked_at(images_BHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """The images, a digest of each, and how many are of one colour."""
+    digests = [hashlib.sha256(np.ascontiguousarray(image)).digest()[:16] for image in images_BHWC]
+    return images_BHWC, np.array(digests, "V16"), int(one_colour(images_BHWC).sum())
+
+
+def one_colour(images_BHWC: np.ndarray) -> np.ndarray:
+    """Whether all pixels of an image are equal: (B,)."""
+    found_B = (images_BHWC[:, 0] == images_BHWC[:, 0, :1]).all(axis=(1, 2))  # the first row tells most of them
+    found_B[found_B] = (images_BHWC[found_B] == images_BHWC[found_B, :1, :1]).all(axis=(1, 2, 3))
+    return found_B
+
+
+def _ahead(items: Iterator) -> Iterator:
+    """The items, each one made in a thread while the one before it is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(next, items, None)
+        while (item := pending.result()) is not None:
+            pending = pool.submit(next, items, None)
+            yield item
+
+
+def _check_finite(network: Eye, samples: Samples, *parts: np.ndarray) -> None:
+    if not all(np.isfinite(part).all() for part in parts):
         raise InputError(f"{network.name} ({network.path}) gives NaN or infinity for images of {samples.path}")
-    return features_ND, logits_NC
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """No TF32, in convolutions nor in matrix products, whatever the settings outside."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _read(path: Path) -> tuple[Any, str]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from evaluations.c2i.features import Network, extract, save_network
+from evaluations.c2i.features import Network, extract, one_colour, save_network
 from utils import samples
 from utils.cli import InputError
 from utils.samples import Samples
@@ -96,9 +96,76 @@ def test_a_network_exported_by_torch_alone(tmp_path):
 @pytest.mark.parametrize("batch_size", [1, 4, 11, 64])
 def test_extract_in_batches_of_any_size(tmp_path, batch_size):
     path = export(tmp_path / "means.pt2", Means(), torch.zeros(2, 8, 6, 3, dtype=torch.uint8), 0)
-    features, logits = extract(Network.load(path), samples_file(tmp_path / "a.npz"), batch_size, show=False)
-    assert (features.shape, logits.shape) == ((11, 3), (11, 4))
-    np.testing.assert_allclose(features, IMAGES.mean((1, 2)), rtol=1e-6)
+    found = extract(Network.load(path), samples_file(tmp_path / "a.npz"), batch_size, show=False)
+    assert (found.features_ND.shape, found.logits_NC.shape, found.spatial) == ((11, 3), (11, 4), None)
+    np.testing.assert_allclose(found.features_ND, IMAGES.mean((1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(found.logits_NC[:, :3], 2 * IMAGES.mean((1, 2)), rtol=1e-6)
+    assert extract(Network.load(path), samples_file(tmp_path / "b.npz"), batch_size, False, False).logits_NC.shape == (
+        11,
+        0,
+    )
+
+
+class Watched:
+    """A network that notes the precision it is called with; features and spatial features are the mean colour."""
+
+    name, path, dimensions, classes, spatial_dimensions, device = "watched", None, 3, 3, 3, torch.device("cpu")
+
+    def __call__(self, images):
+        means = images.mean((1, 2), dtype=np.float32)
+        return means, means, means
+
+    def check_size(self, samples):
+        pass
+
+
+def test_what_is_found_of_images(tmp_path):
+    """Digests tell equal images; images of one colour are counted; spatial features end in moments."""
+    images = IMAGES.copy()
+    images[4], images[5:7] = images[1], 77
+    found = extract(Watched(), samples_file(tmp_path / "a.npz", images), 3, show=False)
+    assert found.constant == 2
+    assert [np.flatnonzero(found.digests_N == digest).tolist() for digest in found.digests_N[[1, 6, 7]]] == [
+        [1, 4], [5, 6], [7],
+    ]  # fmt: skip
+    np.testing.assert_allclose(found.spatial.mean_D, images.mean((0, 1, 2)), rtol=1e-6)
+    assert found.spatial.n == 11
+
+
+def test_one_colour():
+    images = np.full((5, 4, 4, 3), 7, np.uint8)
+    images[1] = np.arange(3)
+    images[2, 3, 3, 2], images[3, 0, 1, 0], images[4, ..., 1] = 8, 8, 9
+    assert one_colour(images).tolist() == [True, True, False, False, True]
+
+
+def test_an_error_while_reading_ahead_is_raised(tmp_path):
+    class Broken(Samples):
+        def batches(self, size):
+            yield from list(super().batches(size))[:1]
+            raise InputError("ends early")
+
+    with pytest.raises(InputError, match="ends early"):
+        extract(Watched(), Broken(samples_file(tmp_path / "a.npz").path), 3, show=False)
+
+
+def test_trap_no_tf32_whatever_is_set(monkeypatch, means):
+    """It is on for convolutions unless one says otherwise."""
+    network, seen = Network.load(means), []
+
+    def module(images):
+        seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+        return torch.zeros(1, 3), torch.zeros(1, 4)
+
+    object.__setattr__(network, "module", module)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        network(IMAGES)
+        assert seen == [(False, "highest")]
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_images_of_another_size(tmp_path, means):

@@ -3,31 +3,19 @@
 import numpy as np
 import pytest
 import scipy.linalg
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluations.c2i import metrics
-from evaluations.c2i.metrics import Manifold, Moments, class_accuracy, frechet_distance, inception_score, moments_of
-
-
-def drawn(kind: str, seed: int, n: int, dimensions: int, scale: float, offset: float) -> np.ndarray:
-    """The features (n, dimensions) that the published evaluator was run on: from raw PCG64 words, so the same anywhere."""
-    words = np.random.PCG64(np.random.SeedSequence([seed])).random_raw(n * dimensions)
-    uniform = ((words >> np.uint64(40)) * 2.0**-24).reshape(n, dimensions)
-    if kind == "integer":
-        return (np.floor(uniform * scale) + offset).astype(np.float32)
-    spread = scale * (0.25 + 1.5 * np.arange(dimensions) / dimensions)
-    return (offset + spread * (2 * uniform - 1) + scale * (uniform[:, :1] - 0.5)).astype(np.float32)
-
-
-def given_moments(mean, covariance, n: int = 2) -> Moments:
-    moments = Moments(len(mean))
-    moments.n, moments.mean_D, moments.scatter_DD = n, np.array(mean, float), np.array(covariance, float) * (n - 1)
-    return moments
-
-
-def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = 3) -> tuple[float, float]:
-    return Manifold(reference, k).coverage(samples), Manifold(samples, k).coverage(reference)
+from evaluations.c2i.metrics import (
+    Moments,
+    class_accuracy,
+    class_counts,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    moments_of,
+)
+from evaluations.c2i.stand_in import drawn_features
 
 
 class TestMoments:
@@ -49,6 +37,44 @@ class TestMoments:
         features = np.random.default_rng(0).normal(100, 1, (20000, 4)).astype(np.float32)
         np.testing.assert_allclose(moments_of(features).mean_D, features.astype(np.float64).mean(0), rtol=1e-14)
 
+    @pytest.mark.parametrize("n", [3, 7, 8, 50])
+    def test_stored_and_read(self, n):
+        """While few are kept as they are, and after."""
+        features = np.random.default_rng(0).normal(size=(n, 7)).astype(np.float32)
+        moments = moments_of(features)
+        again = Moments.from_arrays(moments.arrays())
+        assert (again.root_ND is None) == (moments.root_ND is None) == (n > 7)
+        for item in (again, moments):
+            item.add(features[:2])
+        assert np.array_equal(again.mean_D, moments.mean_D)
+        assert np.array_equal(again.covariance_DD, moments.covariance_DD)
+
+    def test_a_batch_may_change_after_it_is_added(self):
+        features = np.random.default_rng(0).normal(size=(5, 8))
+        moments = moments_of(features)
+        expected = features.mean(0)
+        features[:] = 0
+        np.testing.assert_allclose(moments.mean_D, expected)
+
+    def test_few_items_are_a_root_of_their_covariance(self):
+        features = np.random.default_rng(0).normal(3, 1, (9, 20))
+        root = moments_of(features).root_ND
+        assert root.shape == (9, 20)
+        np.testing.assert_allclose(root.T @ root, np.cov(features.T), atol=1e-12)
+
+    @pytest.mark.parametrize(
+        ("mean", "covariance", "message"),
+        [
+            (np.zeros(3), np.zeros((2, 2)), "shape"),
+            (np.zeros((1, 3)), np.zeros((3, 3)), "shape"),
+            (np.array([0, np.nan]), np.eye(2), "NaN"),
+            (np.zeros(2), np.full((2, 2), np.inf), "infinity"),
+        ],
+    )
+    def test_given_moments_are_checked(self, mean, covariance, message):
+        with pytest.raises(ValueError, match=message):
+            Moments.given(mean, covariance)
+
     def test_one_item_has_no_covariance(self):
         with pytest.raises(ValueError, match="needs at least 2 items, got 1"):
             _ = moments_of(np.ones((1, 3))).covariance_DD
@@ -61,7 +87,7 @@ class TestFrechetDistance:
         mu1, mu2 = rng.normal(size=(2, dimensions))
         s1, s2 = rng.uniform(0, 3, (2, dimensions)) * rng.integers(0, 2, (2, dimensions))  # some are zero
         expected = ((mu1 - mu2) ** 2).sum() + ((np.sqrt(s1) - np.sqrt(s2)) ** 2).sum()
-        first, second = given_moments(mu1, np.diag(s1)), given_moments(mu2, np.diag(s2))
+        first, second = Moments.given(mu1, np.diag(s1)), Moments.given(mu2, np.diag(s2))
         assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
     def test_the_square_root_of_a_matrix(self):
@@ -81,7 +107,9 @@ class TestFrechetDistance:
         ],
     )
     def test_the_published_evaluator(self, first, second, published, exact):
-        found = frechet_distance(moments_of(drawn("real", *first)), moments_of(drawn("real", *second)))
+        found = frechet_distance(
+            moments_of(drawn_features("real", *first)), moments_of(drawn_features("real", *second))
+        )
         assert found == pytest.approx(exact, rel=1e-9)
         assert found == pytest.approx(published, rel=1e-6)
 
@@ -100,6 +128,22 @@ class TestFrechetDistance:
         difference = first.mean_D - second.mean_D
         expected = difference @ difference + np.trace(first.covariance_DD + second.covariance_DD)
         assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-7)
+
+    @pytest.mark.parametrize(("n", "m"), [(15, 12), (15, 300), (300, 15), (300, 300)])
+    def test_every_way_to_the_trace_gives_the_same(self, n, m):
+        """Few items, many items; of full rank, and all with two features that are copies of others."""
+        rng = np.random.default_rng(0)
+        for copies in (0, 2):
+            first, second = rng.normal(size=(n, 20)) @ rng.normal(size=(20, 20)), rng.normal(1, 2, (m, 20))
+            for side in (first, second):
+                side[:, :copies] = side[:, 2 : 2 + copies]
+            roots = [(x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (first, second)]
+            trace_root = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
+            expected = ((first.mean(0) - second.mean(0)) ** 2).sum() - 2 * trace_root
+            expected += sum(np.square(root).sum() for root in roots)
+            assert frechet_distance(moments_of(first), moments_of(second)) == pytest.approx(expected, rel=1e-8)
+            given = Moments.given(second.mean(0), np.cov(second.T))
+            assert frechet_distance(moments_of(first), given) == pytest.approx(expected, rel=1e-6)
 
     def test_a_set_of_equal_items(self):
         spread = moments_of(np.random.default_rng(0).normal(size=(50, 6)))
@@ -127,6 +171,15 @@ class TestInceptionScore:
         assert inception_score(logits) == pytest.approx(expected)
         assert inception_score(logits + 1e4) == pytest.approx(expected)
 
+    def test_infinite_logits_are_probabilities_of_zero(self):
+        logits = np.where(np.eye(10)[np.arange(100) % 10] > 0, 0.0, -np.inf)
+        assert inception_score(logits) == pytest.approx(10)
+
+    def test_one_split_does_not_depend_on_the_order(self):
+        logits = np.random.default_rng(0).normal(0, 3, (25, 5))
+        assert inception_score(logits, None) == pytest.approx(inception_score(logits[::-1], None))
+        assert inception_score(logits, None) == pytest.approx(inception_score(logits, 25))
+
     def test_splits_are_consecutive_and_weighted_alike(self):
         logits = np.random.default_rng(0).normal(0, 3, (25, 5))
         expected = np.mean([inception_score(logits[start : start + 10]) for start in (0, 10, 20)])
@@ -141,84 +194,30 @@ class TestInceptionScore:
         assert inception_score(by_class, split_size=500, shuffle_seed=0) == pytest.approx(10, rel=0.02)
 
 
-def naive_precision_recall(reference: np.ndarray, samples: np.ndarray, k: int) -> tuple[float, float]:
-    """By the definition, from all differences."""
-
-    def distances(a, b):
-        return ((a[:, None].astype(float) - b[None]) ** 2).sum(2)
-
-    ref_radii, sample_radii = (np.sort(distances(x, x), axis=1)[:, k] for x in (reference, samples))
-    across = distances(reference, samples)
-    return (across <= ref_radii[:, None]).any(0).mean(), (across <= sample_radii).any(1).mean()
-
-
-class TestPrecisionRecall:
-    @settings(max_examples=200, deadline=None)
-    @given(st.data())
-    def test_the_definition_with_copies_and_ties(self, data):
-        """Small whole numbers, at times far from zero: many items are equal and many distances too."""
-        k, dimensions = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
-        sizes = st.integers(k + 1, 15)
-        high, far = data.draw(st.integers(0, 6)), data.draw(st.sampled_from([0, 5, 5000]))
-        rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-        reference, samples = (
-            (rng.integers(0, high, (data.draw(sizes), dimensions), endpoint=True) + far).astype(np.float32)
-            for _ in range(2)
-        )
-        assert precision_recall(reference, samples, k) == naive_precision_recall(reference, samples, k)
-
-    def test_the_definition_for_features(self):
+class TestKernelDistance:
+    def test_the_definition(self):
         rng = np.random.default_rng(0)
-        reference, samples = rng.gamma(1, 1, (300, 40)), rng.gamma(1, 0.9, (200, 40))
-        samples[:20] = reference[:20]
-        found = precision_recall(reference.astype(np.float32), samples.astype(np.float32))
-        assert found == naive_precision_recall(reference.astype(np.float32), samples.astype(np.float32), 3)
-        assert 0.1 < found[0] < 1 and 0.1 < found[1] < 1
+        x, y = rng.normal(size=(40, 6)), rng.normal(0.5, 1, (40, 6))
+        kernel = [[((a * b).sum() / 6 + 1) ** 3 for b in np.concatenate([x, y])] for a in np.concatenate([x, y])]
+        k = np.array(kernel)
+        xx, yy = (k[s, s].sum() - np.trace(k[s, s]) for s in (slice(40), slice(40, 80)))
+        expected = (xx + yy) / (40 * 39) - 2 * k[:40, 40:].mean()
+        mean, deviation = kernel_distance(x, y)
+        assert mean == pytest.approx(expected) and deviation < 1e-12
 
-    @pytest.mark.parametrize(
-        ("kind", "reference", "samples", "precision", "recall"),
-        [
-            ("integer", (71, 10050, 16, 8, 0), (72, 10020, 16, 8, 1), 0.7075848303393214, 0.7045771144278608),
-            ("integer", (73, 300, 16, 200, 0), (74, 260, 16, 200, 20), 0.7846153846153846, 0.7933333333333333),
-            # here the published float16 distances give 0.1089; this is what they round
-            ("real", (75, 500, 2048, 0.25, 0.5), (76, 450, 2048, 0.26, 0.5), 0.08666666666666667, 1.0),
-        ],
-    )
-    def test_the_published_evaluator(self, kind, reference, samples, precision, recall):
-        found = precision_recall(drawn(kind, *reference), drawn(kind, *samples))
-        assert found == (pytest.approx(precision, rel=1e-12), pytest.approx(recall, rel=1e-12))
+    def test_sets_alike_are_at_no_distance(self):
+        x, y, z = np.random.default_rng(0).normal(size=(3, 2000, 8))
+        mean, deviation = kernel_distance(x, y)
+        assert abs(mean) < deviation
+        assert kernel_distance(x, z + 1)[0] > 20 * deviation
 
-    def test_blocks_of_any_size(self, monkeypatch):
-        reference, samples = drawn("integer", 1, 100, 4, 6, 0), drawn("integer", 2, 90, 4, 6, 1)
-        whole = precision_recall(reference, samples)
-        for block in (1, 250, 1000):
-            monkeypatch.setattr(metrics, "BLOCK", block)
-            assert precision_recall(reference, samples) == whole
+    def test_too_few(self):
+        with pytest.raises(ValueError, match="KID needs at least 2 items, got 1"):
+            kernel_distance(np.zeros((5, 2)), np.zeros((1, 2)))
 
-    def test_trap_copies_make_balls_of_radius_0(self):
-        """Only what equals them is within, whatever rounding does to distances of 0."""
-        points = np.random.default_rng(0).normal(10, 1, (50, 96)).astype(np.float32)
-        copies = np.repeat(points, 4, axis=0)
-        assert precision_recall(copies, np.repeat(points[:25], 4, axis=0)) == (1, 0.5)
-        assert precision_recall(copies, copies + np.float32(1e-3)) == (0, 0)
 
-    def test_an_outlier_does_not_widen_the_other_balls(self):
-        points = np.random.default_rng(0).normal(size=(40, 3))
-        far = np.concatenate([points, np.full((1, 3), 1e7)])
-        shifted = points + 1e-3
-        copies = np.repeat(far, 4, axis=0)
-        assert Manifold(copies).coverage(shifted) == 0
-        assert Manifold(copies).coverage(points) == 1
-
-    def test_features_are_left_as_they_are(self):
-        features = np.random.default_rng(0).normal(5, 1, (10, 3))
-        before = features.copy()
-        Manifold(features).coverage(features)
-        assert np.array_equal(features, before)
-
-    def test_too_few_items(self):
-        with pytest.raises(ValueError, match="3 neighbours need at least 4 items, got 3"):
-            Manifold(np.zeros((3, 2)))
+def test_class_counts():
+    assert class_counts(np.array([3, 3, 5, 3, 9])) == {"classes": 3, "least": 1, "most": 3}
 
 
 def test_class_accuracy():

@@ -3,7 +3,7 @@
     python -m evaluations.c2i.reference imagenet/train REFERENCE.npz --image-size 256 --num-images 50000
 
 Image i of n is image i * N // n of the sorted folder of N, so every class has its share; centre crops as ADM's
-(arXiv 2105.05233); labels as `arr_1`.
+(arXiv 2105.05233); labels as `arr_1`. REFERENCE.json says where they come from.
 """
 
 from argparse import Namespace
@@ -13,6 +13,7 @@ import numpy as np
 
 from dataset.images import ImageFolder, load_images
 from utils import cli, samples
+from utils.files import write_json
 from utils.samples import Samples
 
 
@@ -56,6 +57,8 @@ def main() -> None:
         return
     batches = load_images([folder.paths[i] for i in chosen], size)
     samples.write(args.out, batches, shape, labels_N)
+    source = {"data_path": str(args.data_path), "images": n, "of": len(folder), "image_size": size}
+    write_json(args.out.with_suffix(".json"), {**source, "classes": folder.classes})
     print(f"wrote {args.out}: {n} images of {size} px in {len(folder.classes)} classes")
 
 

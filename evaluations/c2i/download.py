@@ -1,0 +1,120 @@
+"""The Inception graph on this machine: found, or downloaded once into the user's cache folder and checked.
+
+`classify_image_graph_def.pb` is 95.7 MB. No hash of it is published; its layout is checked instead, and the hash of the
+file that passed is kept beside it, so that damage shows later.
+"""
+
+import fcntl
+import http.client
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from evaluations.c2i.inception import read_inception
+from utils.cli import InputError
+from utils.files import atomic_path, sha256
+from utils.log import progress
+
+URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/classify_image_graph_def.pb"
+NAME = "classify_image_graph_def.pb"
+ATTEMPTS, TIMEOUT, CHUNK = 5, 30, 1 << 20
+ELSEWHERE = f"get {NAME} on a machine that is online ({URL}) and give --inception PATH"
+
+
+def cache_folder() -> Path:
+    """Where this user's downloads and reference features are: XDG_CACHE_HOME or ~/.cache, and the project's name."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "next-patch-prediction"
+
+
+def inception_path(given: Path | None = None, url: str = URL) -> Path:
+    """The graph's file: the given one, one in the working folder (where the published evaluator looks), or the cached
+    one, downloaded where it is missing. Raises InputError if it cannot be had or has changed since it was checked."""
+    if given is not None:
+        return given
+    if Path(NAME).is_file():
+        return Path(NAME)
+    path = cache_folder() / NAME
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(path.with_name(f".{NAME}.lock")):
+            if not path.is_file():
+                _download(url, path)
+    except OSError as error:
+        raise InputError(f"{path.parent} cannot be written to ({error}): set XDG_CACHE_HOME, or {ELSEWHERE}") from None
+    if sha256(path) != _noted(path):
+        raise InputError(f"{path} is not the file that was downloaded and checked: delete it, it is then fetched again")
+    return path
+
+
+def _note(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _noted(path: Path) -> str:
+    """The hash that was kept of a file that passed its check; a copy that somebody put there is checked now."""
+    if not _note(path).is_file():
+        read_inception(path)
+        with atomic_path(_note(path)) as temporary:
+            temporary.write_text(f"{sha256(path)}  {path.name}\n")
+    return _note(path).read_text().split(maxsplit=1)[0]
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One process at a time."""
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _download(url: str, path: Path) -> None:
+    """Fetch, check, note the hash, and only then give the file its name. What a broken connection left is continued."""
+    part, before = path.with_name(f"{path.name}.part"), -1
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            _fetch(url, part)
+            break
+        except (OSError, http.client.HTTPException) as error:
+            size = part.stat().st_size if part.is_file() else 0
+            if attempt == ATTEMPTS or size <= before:  # no further than the last time
+                reason = f"{type(error).__name__}: {error}"
+                raise InputError(f"{NAME} could not be downloaded ({reason}): try again, or {ELSEWHERE}") from None
+            before = size
+    try:
+        read_inception(part)
+    except InputError as error:
+        part.unlink()
+        raise InputError(f"what {url} sent is not the graph ({error}): {ELSEWHERE}") from None
+    with atomic_path(_note(path)) as temporary:
+        temporary.write_text(f"{sha256(part)}  {path.name}\n")
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _fetch(url: str, part: Path) -> None:
+    """Append what is missing of a file. Raises OSError or HTTPException where the connection fails or ends early."""
+    start = part.stat().st_size if part.is_file() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and start:  # nothing is missing
+            return
+        raise
+    with response:
+        if response.status != 206:  # the server sends it from the start
+            start = 0
+        rest = response.headers.get("Content-Length")
+        total = start + int(rest) if rest else None
+        with open(part, "r+b" if start else "wb") as file:
+            file.seek(start)
+            with progress(total=total, initial=start, desc=f"downloading {NAME}", unit="B", unit_scale=True) as bar:
+                while chunk := response.read(CHUNK):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+            if total is not None and file.tell() != total:
+                raise ConnectionError(f"it ended after {file.tell()} of {total} bytes")

@@ -1,0 +1,79 @@
+"""How figures are said: the published evaluator's lines, a table of several files, a chart of a CFG sweep."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from utils.files import atomic_path, write_json
+
+LABELS = {
+    "inception_score": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision", "recall": "Recall",
+    "kid": "KID", "class_accuracy": "Class accuracy",
+}  # fmt: skip
+PUBLISHED = "Inception"  # figures of this network are called as papers call them
+CFG = re.compile(r"(?<![a-z])cfg-(\d+(?:\.\d+)?)")
+
+
+def figure_lines(figures: dict[str, float], network: str) -> list[str]:
+    """A line a figure, in the published evaluator's form and order; other networks stand in the label."""
+    known = {key: label for key, label in LABELS.items() if key in figures}
+    if network == PUBLISHED:
+        return [f"{label}: {figures[key]}" for key, label in known.items()]
+    return [f"{label}({network}): {figures[key]:.4f}" for key, label in known.items()]
+
+
+def table(rows: list[tuple[str, int, dict[str, float]]], network: str) -> str:
+    """A line a file: its name, number of images and figures."""
+    known = {key: label for key, label in LABELS.items() if any(key in figures for _, _, figures in rows)}
+    widths = {key: max(len(label), 9) for key, label in known.items()}
+    lines = ["  ".join([" images", *(label.rjust(widths[key]) for key, label in known.items()), "file"])]
+    for name, images, figures in rows:
+        cells = [(f"{figures[key]:.4f}" if key in figures else "-").rjust(width) for key, width in widths.items()]
+        lines.append("  ".join([str(images).rjust(7), *cells, name]))
+    return "\n".join([f"In the features of {network}:", *lines])
+
+
+def write(path: Path, lines: list[str], content: dict[str, Any]) -> None:
+    """The lines into SAMPLES.txt and the record into SAMPLES.metrics.json."""
+    with atomic_path(path.with_suffix(".txt")) as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
+    write_json(path.with_suffix(".metrics.json"), content)
+
+
+def sweeps(rows: list[tuple[Path, dict[str, float]]]) -> dict[Path, dict[float, dict[str, float]]]:
+    """Files that differ in the CFG scale of their names only, if there are several: chart's path -> scale -> figures."""
+    found: dict[Path, dict[float, dict[str, float]]] = {}
+    for path, figures in rows:
+        if match := CFG.search(path.stem):
+            name = CFG.sub("cfg-sweep", path.stem, count=1)
+            found.setdefault(path.with_name(f"{name}.png"), {})[float(match[1])] = figures
+    return {path: dict(sorted(scales.items())) for path, scales in found.items() if len(scales) > 1}
+
+
+def draw_sweep(path: Path, scales: dict[float, dict[str, float]], network: str) -> None:
+    """FID and Inception Score over the CFG scale, and FID over Inception Score with the scale at each point."""
+    import matplotlib  # here, as most calls draw nothing
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    xs, fids = list(scales), [figures["fid"] for figures in scales.values()]
+    scores = [figures["inception_score"] for figures in scales.values()]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    left.plot(xs, fids, marker="o", color="C0")
+    left.set(xlabel="CFG scale", ylabel="FID")
+    best = min(scales, key=lambda scale: scales[scale]["fid"])
+    left.axvline(best, color="grey", linewidth=1, linestyle=":")
+    other = left.twinx()
+    other.plot(xs, scores, marker="s", color="C1")
+    other.set_ylabel("Inception Score")
+    for axes, colour in ((left, "C0"), (other, "C1")):
+        axes.yaxis.label.set_color(colour)
+    right.plot(scores, fids, marker="o", color="C2")
+    for scale, x, y in zip(xs, scores, fids, strict=True):
+        right.annotate(f"{scale:g}", (x, y), xytext=(5, 4), textcoords="offset points")
+    right.set(xlabel="Inception Score", ylabel="FID", title="CFG scale at each point")
+    figure.suptitle(f"In the features of {network}; lowest FID {scales[best]['fid']:.2f} at {best:g}")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    pyplot.close(figure)
