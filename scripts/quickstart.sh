@@ -52,7 +52,8 @@ stage test_codes bash scripts/autoregressive/extract_codes_c2i.sh --vq-ckpt "$RU
 stage train bash scripts/autoregressive/train_c2i.sh --code-path "$RUN/codes/train" --val-code-path "$RUN/codes/test" \
     --dataset fashion --image-size 32 --results-dir "$RUN/gpt" --gpt-model GPT-XXS --patch-level 2 --epoch-rate 0.5 \
     --scheduler --warmup-epochs 0.1 --decay-ratio 0.4 --lr 3e-3 --end-lr 1e-5 --global-batch-size 64 \
-    --dropout-p 0 --token-dropout-p 0 --ema --log-every 25 --ckpt-every 500 "${GPT[@]}"
+    --dropout-p 0 --token-dropout-p 0 --ema --log-every 25 --ckpt-every 500 \
+    --vq-ckpt "$RUN/tokenizer/vq.pt" --sample-every 1 "${GPT[@]}"
 stage sample bash scripts/autoregressive/sample_c2i.sh --vq-ckpt "$RUN/tokenizer/vq.pt" --gpt-ckpt "$(newest_checkpoint)" \
     --cfg-scale "$CFG" --labels balanced --num-fid-samples "$SAMPLES" --per-proc-batch-size 500 --sample-dir "$RUN/samples"
 stage grid "$PYTHON" autoregressive/sample/sample_c2i.py --vq-ckpt "$RUN/tokenizer/vq.pt" --gpt-ckpt "$(newest_checkpoint)" \

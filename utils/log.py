@@ -29,12 +29,18 @@ class RunLog:
         self.folder, self.active = Path(folder), active
         if active:
             self.folder.mkdir(parents=True, exist_ok=True)
-        self._events = event_writer()(self.folder / "tensorboard") if active and tensorboard else None
+        self._writer = event_writer() if active and tensorboard else None
+        self._events = None
 
     def line(self, text: str) -> None:
         """Print a line (above any progress bar) and append it, with the time, to log.txt."""
         if self.active:
             tqdm.write(text)
+            self.note(text)
+
+    def note(self, text: str) -> None:
+        """Append a line, with the time, to log.txt."""
+        if self.active:
             with open(self.folder / "log.txt", "a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
@@ -43,7 +49,9 @@ class RunLog:
         if self.active:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(values) + "\n")
-        if self._events:
+        if self.active and self._writer:
+            if self._events is None:  # from this step on, what a run that was cut off has written is void
+                self._events = self._writer(self.folder / "tensorboard", purge_step=values["step"])
             for key in values.keys() - {"step"}:
                 self._events.add_scalar(key, values[key], values["step"])
             self._events.flush()

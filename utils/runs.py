@@ -7,7 +7,9 @@ import os
 import queue
 import shutil
 import threading
-from collections.abc import Collection, Mapping
+import time
+import uuid
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,6 +26,7 @@ class Run:
     arguments, `finished` whether nothing is left to do."""
 
     folder: Path
+    id: str = ""
     finished: bool = False
     changed: list[str] = field(default_factory=list)
     _lock: TextIO | None = field(default=None, repr=False)
@@ -47,8 +50,8 @@ def numbered(folder: Path) -> list[Path]:
 class Keeper:
     """Writes a run's checkpoints, copies them to a second folder and drops old ones.
 
-    keep_last: the newest so many stay (0: all), and those of the steps in `kept`. cloud: a folder where copies go, in the
-    background; what goes wrong there is a line in the log.
+    keep_last: the newest so many stay (0: all), and those of the steps in `kept`. cloud: a folder of this run alone where
+    copies go, in the background; what goes wrong there is a line in the log.
     """
 
     def __init__(
@@ -67,35 +70,36 @@ class Keeper:
         self.log.line(f"saved {path}")
         if self.cloud:
             self.copy(path)
-        self._drop()
+        self._drop(path)
         return path
 
     def copy(self, path: Path) -> None:
-        """Ask for a copy of a checkpoint in the cloud folder, unless there is one of its size."""
+        """Ask for a copy of a checkpoint in the cloud folder, unless this run has left one of its size there."""
         if self._worker is None:  # a daemon: a mount that hangs must not keep a pre-empted run from ending
             self._worker = threading.Thread(target=self._work, daemon=True)
             self._worker.start()
         self._uncopied.add(path)
         self._wanted.put(path)
 
-    def close(self) -> None:
-        """Wait for the copies."""
-        if self._wanted.unfinished_tasks:
+    def close(self, go_on: Callable[[], bool] = lambda: True) -> None:
+        """Wait for the copies, as long as go_on() is true; those that are not made are made when the run is opened again."""
+        if self._uncopied:
             self.log.line(f"waiting for copies to {self.cloud}")
-        self._wanted.join()
+        while self._wanted.unfinished_tasks and go_on():
+            time.sleep(0.05)
 
-    def _drop(self) -> None:
+    def _drop(self, newest: Path) -> None:
         if not self.keep_last:
             return
         others = [path for path in numbered(self.folder) if int(path.stem) not in self.kept]
         for path in others[self.keep_last :]:
-            if path not in self._uncopied:
+            if path not in self._uncopied and path != newest:
                 path.unlink(missing_ok=True)
 
     def _work(self) -> None:
         while True:
             path = self._wanted.get()
-            target = self.cloud / self.folder.parent.name / "checkpoints" / path.name
+            target = self.cloud / "checkpoints" / path.name
             part = target.with_suffix(".part")
             try:
                 if not (target.is_file() and target.stat().st_size == path.stat().st_size):
@@ -128,7 +132,10 @@ def open_run(
                     raise InputError(
                         f"{folder} is being trained by another process; wait for it, or start another run with --fresh"
                     )
-                return Run(folder, record.get("finished", False), _changes(record["args"], args), lock)
+                for remains in (folder / "checkpoints").glob(".*.part.*"):  # of a save that was killed
+                    remains.unlink()
+                finished, changed = record.get("finished", False), _changes(record["args"], args)
+                return Run(folder, record.get("id", ""), finished, changed, lock)
         if known and not known[0][1].get("finished", False):
             folder, record = known[0]
             lock = _hold(folder)
@@ -138,11 +145,17 @@ def open_run(
                     f"{folder} is unfinished and was started with {', '.join(_changes(record['args'], args, fixed))}: "
                     "give it the old values to continue it, or --fresh to start another run"
                 )
-    number = 1 + max((int(path.name.partition("-")[0]) for path in results.glob("[0-9][0-9][0-9]*-*")), default=-1)
-    folder = results / f"{number:03d}-{name}"
-    folder.mkdir(parents=True)
-    write_json(folder / "run.json", {"args": dict(args), "finished": False})
-    return Run(folder, _lock=_hold(folder))
+    while True:
+        number = 1 + max((int(path.name.partition("-")[0]) for path in results.glob("[0-9][0-9][0-9]*-*")), default=-1)
+        folder = results / f"{number:03d}-{name}"
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:  # another run was quicker
+            continue
+    lock, run_id = _hold(folder), uuid.uuid4().hex[:8]  # held before run.json makes it a run
+    write_json(folder / "run.json", {"id": run_id, "args": dict(args), "finished": False})
+    return Run(folder, run_id, _lock=lock)
 
 
 def _record(folder: Path) -> dict[str, Any]:

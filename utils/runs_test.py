@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,16 +34,19 @@ def test_a_new_run(tmp_path):
     run = opened(tmp_path / "results")
     assert run.folder == tmp_path / "results" / "000-GPT-B"
     assert (run.checkpoints, run.finished, run.changed) == ([], False, [])
-    assert json.loads((run.folder / "run.json").read_text()) == {"args": ARGS, "finished": False}
+    assert json.loads((run.folder / "run.json").read_text()) == {"id": run.id, "args": ARGS, "finished": False}
+    assert run.id and opened(tmp_path / "results").id == run.id != opened(tmp_path / "results", fresh=True).id
 
 
 def test_the_same_arguments_continue_from_the_newest_checkpoint(tmp_path):
     first = opened(tmp_path)
     keeper = Keeper(first.folder, RunLog(first.folder))
     saved = [keeper.save(step, content(step)) for step in (5, 10, 9_999_999, 10_000_000)]
-    (saved[0].parent / ".10000001.1.part.pt").write_text("left by a killed run")
+    remains = saved[0].parent / ".10000001.1.part.pt"
+    remains.write_text("left by a killed run")
     again = opened(tmp_path)
     assert (again.folder, again.checkpoints, again.finished) == (first.folder, saved[::-1], False)
+    assert not remains.exists()
     assert checkpoint.load(again.checkpoints[0])["steps"] == 10_000_000
     again.finish()
     assert opened(tmp_path).finished
@@ -78,6 +82,20 @@ def test_a_folder_without_run_json_is_left_alone(tmp_path):
     assert opened(tmp_path).folder.name == "1008-GPT-B"
 
 
+def test_two_runs_that_start_at_once_get_two_numbers(tmp_path, monkeypatch):
+    """The second one's number is taken between its look and its mkdir."""
+    mkdir, taken = Path.mkdir, []
+
+    def slow(path, *args, **options):
+        if path.name == "000-GPT-B" and not taken:
+            taken.append(path)
+            mkdir(path, parents=True)
+        mkdir(path, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", slow)
+    assert opened(tmp_path).folder.name == "001-GPT-B"
+
+
 def test_a_run_that_another_process_trains_is_not_touched(tmp_path):
     code = f"""
 from pathlib import Path
@@ -110,7 +128,7 @@ def test_checkpoints_are_copied_to_the_cloud(tmp_path):
     paths = [keeper.save(step, content(step)) for step in (5, 10)]
     keeper.close()
     copies = sorted(path for path in (tmp_path / "cloud").rglob("*") if path.is_file())
-    assert copies == [tmp_path / "cloud" / "000-GPT-B" / "checkpoints" / path.name for path in paths]
+    assert copies == [tmp_path / "cloud" / "checkpoints" / path.name for path in paths]
     assert [copy.read_bytes() for copy in copies] == [path.read_bytes() for path in paths]
 
 
@@ -128,6 +146,21 @@ def test_a_slow_cloud_neither_blocks_nor_loses_a_checkpoint(tmp_path, monkeypatc
     keeper.save(4, content(4))
     keeper.close()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000004.pt"]
+
+
+def test_waiting_for_copies_has_an_end(tmp_path, monkeypatch):
+    """A mount that hangs does not hold a pre-empted run; what is not copied can be asked for again."""
+    go, copy = threading.Event(), __import__("shutil").copyfile
+    monkeypatch.setattr("utils.runs.shutil.copyfile", lambda *args: go.wait(10) and copy(*args))
+    keeper = Keeper(tmp_path / "run", RunLog(tmp_path / "run"), cloud=tmp_path / "cloud")
+    path = keeper.save(1, content(1))
+    keeper.close(lambda: False)
+    assert not list((tmp_path / "cloud").rglob("*.pt"))
+    go.set()
+    later = Keeper(tmp_path / "run", RunLog(tmp_path / "run"), cloud=tmp_path / "cloud")
+    later.copy(path)
+    later.close()
+    assert next((tmp_path / "cloud").rglob("*.pt")).read_bytes() == path.read_bytes()
 
 
 def test_a_cloud_that_cannot_be_written_is_a_warning(tmp_path, capsys):

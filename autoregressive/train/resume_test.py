@@ -91,14 +91,16 @@ def test_kill_9_in_the_middle_of_an_epoch_and_across_a_level(whole, code_path, t
     newest.write_bytes(newest.read_bytes()[:1000])
     result = run_script(SCRIPT, *arguments, processes=processes, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
-    assert f"warning: {newest}" in result.stdout and "is truncated" in result.stdout
+    assert f"warning: {newest}" in result.stdout and "is truncated" in result.stdout and "set aside" in result.stdout
     assert f"of {STEPS} from " in result.stdout
     assert_same(folder, whole(processes))
-    assert len(list((folder / "checkpoints").glob("*.pt"))) == 4  # the ends of both levels and the two newest others
+    assert (
+        len(list((folder / "checkpoints").glob("[0-9]*.pt"))) == 4
+    )  # the ends of both levels and the two newest others
 
 
 @pytest.mark.parametrize(
-    ("number", "status", "processes"), [(signal.SIGTERM, 0, 1), (signal.SIGTERM, 0, 2), (signal.SIGINT, 130, 1)]
+    ("number", "status", "processes"), [(signal.SIGTERM, 0, 1), (signal.SIGTERM, 0, 2), (signal.SIGINT, 130, 2)]
 )
 def test_a_signal_saves_and_ends_cleanly(whole, code_path, tmp_path, number, status, processes):
     """Losses are logged every 10 steps here, so the run ends between two reports; their means are not touched."""
@@ -118,6 +120,16 @@ def test_a_signal_saves_and_ends_cleanly(whole, code_path, tmp_path, number, sta
         part = losses[start:step]
         assert found[step] == pytest.approx(sum(part) / len(part), rel=1e-6)
     assert rows(folder, "val_loss_ema") == rows(whole(processes), "val_loss_ema")
+
+
+def test_a_signal_does_not_save_what_is_not_finite(code_path, tmp_path):
+    """Between two reports nothing has looked at the losses yet."""
+    arguments = command(code_path, tmp_path, "--lr", "1e30", "--max-grad-norm", "0", "--epochs", "1000")
+    arguments += ["--log-every", "100000", "--ckpt-every", "100000"]
+    assert end_at(6, signal.SIGTERM, arguments, tmp_path / "000-GPT-XXS", processes=1) == 1
+    assert not list((tmp_path / "000-GPT-XXS").glob("checkpoints/*"))
+    assert "the run stops" in (tmp_path / "000-GPT-XXS" / "log.txt").read_text()
+    assert (tmp_path / "000-GPT-XXS" / "loss.png").is_file()
 
 
 def test_another_number_of_processes_goes_on_with_the_same_data(code_path, tmp_path):

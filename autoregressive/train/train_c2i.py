@@ -9,6 +9,7 @@ continues a run that was cut off, and it is the same run; SIGTERM and Ctrl-C sav
 
 import hashlib
 import sys
+import time
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable
 from dataclasses import asdict
@@ -37,7 +38,7 @@ from utils.stop import stop_signals
 
 # Arguments that make a run what it is: one that goes on must have the same. `data` stands for the codes' content.
 FIXED = (
-    "data", "dataset", "image_size", "val_split", "vocab_size", "num_classes", "dropout_p", "token_dropout_p",
+    "data", "start", "dataset", "image_size", "val_split", "vocab_size", "num_classes", "dropout_p", "token_dropout_p",
     "drop_path_rate", "class_dropout_p", "patch_level", "epoch_rate", "epochs", "patch_sizes", "patch_epochs",
     "patch_steps", "scheduler", "warmup_epochs", "decay_ratio", "lr", "end_lr", "weight_decay", "beta1", "beta2",
     "max_grad_norm", "global_batch_size", "global_seed", "ema", "ema_decay",
@@ -150,6 +151,13 @@ def open_data(args: Namespace) -> Data:
         val = Codes(args.val_code_path, args.dataset, args.image_size)
         if val.tokens != codes.tokens:
             raise cli.InputError(f"validation codes have {val.tokens} tokens an image, training codes {codes.tokens}")
+        if val.manifest and codes.manifest:
+            for key in ("codebook_size", "tokenizer_sha256", "classes"):
+                mine, theirs = getattr(codes.manifest, key), getattr(val.manifest, key)
+                if mine and theirs and mine != theirs:
+                    raise cli.InputError(
+                        f"validation codes have {key} {theirs}, training codes {mine}: extract them alike"
+                    )
         data = Data(codes, val=val)
     else:
         data = Data.split(codes, args.val_split) if args.val_split else Data(codes)
@@ -187,17 +195,30 @@ def make_plan(args: Namespace, data: Data) -> Plan:
     return Plan(stages, steps_per_epoch, args.lr, args.scheduler, args.end_lr, args.warmup_epochs, args.decay_ratio)
 
 
-def gpt_config(args: Namespace, codes: Codes) -> GPTConfig:
+def check_range(codes: Codes, classes: int, vocab: int) -> None:
+    """InputError for labels or ids outside the model, in about 1,000 images; all labels where they are in memory."""
+    some, labels = codes.batch(np.arange(0, len(codes), max(1, len(codes) // 1000)))
+    labels = labels if codes.hint else codes.labels
+    where = codes.folders[0].place.root
+    if labels.min() < 0 or labels.max() >= classes:
+        raise cli.InputError(f"the labels go up to {labels.max()} in {where}, but --num-classes is {classes}")
+    if some.min() < 0 or some.max() >= vocab:
+        raise cli.InputError(
+            f"the codes go from {some.min()} to {some.max()} in {where}, but the vocabulary is {vocab}"
+        )
+
+
+def gpt_config(args: Namespace, data: Data) -> GPTConfig:
     """The preset, with the data's vocabulary, classes and grid, and the training dropouts."""
+    codes = data.codes
     manifest = codes.manifest
     dropout = 0.0 if args.drop_path_rate else args.dropout_p  # one or the other, as published
     classes = args.num_classes or (len(manifest.classes) if manifest else 0) or 1000
-    _, labels = codes.batch(np.arange(0, len(codes), max(1, len(codes) // 1000)))
-    if labels.min() < 0 or labels.max() >= classes:
-        raise cli.InputError(f"the labels go up to {labels.max()}, but --num-classes is {classes}")
     vocab = args.vocab_size or (manifest.codebook_size if manifest else 16384)
     if manifest and vocab < manifest.codebook_size:
         raise cli.InputError(f"--vocab-size {vocab} is smaller than the codebook of {manifest.codebook_size}")
+    for part in {id(part): part for part in (codes, data.val) if part}.values():
+        check_range(part, classes, vocab)
     return preset(
         args.gpt_model,
         vocab_size=vocab,
@@ -226,7 +247,7 @@ def sample_tokenizer(args: Namespace, codes: Codes) -> torch.nn.Module | None:
     if not args.vq_ckpt:
         return None
     tokenizer, _ = load_tokenizer(args.vq_ckpt)
-    known = codes.manifest.codebook_size if codes.manifest else 16384
+    known = codes.manifest.codebook_size if codes.manifest else args.vocab_size or 16384
     if (args.image_size // tokenizer.downsample) ** 2 != codes.tokens or tokenizer.config.codebook_size != known:
         raise cli.InputError(
             f"{args.vq_ckpt} makes {(args.image_size // tokenizer.downsample) ** 2} codes of {tokenizer.config.codebook_size} "
@@ -264,7 +285,7 @@ def agree_on_run(args: Namespace, recorded: dict[str, Any], here: World) -> Run:
     run = open_run(args.results_dir, args.gpt_model, recorded, FIXED, args.fresh) if here.is_main else None
     if here.size == 1:
         return run
-    heard = [(run.folder, run.finished, run.changed)] if here.is_main else [None]
+    heard = [(run.folder, run.id, run.finished, run.changed)] if here.is_main else [None]
     dist.broadcast_object_list(heard)
     return run or Run(*heard[0])
 
@@ -308,7 +329,7 @@ def main() -> None:
     args = parse()
     data = open_data(args)
     plan = make_plan(args, data)
-    config = gpt_config(args, data.codes)
+    config = gpt_config(args, data)
     table = plan.table(args.global_batch_size, data.codes.tokens, config.training_flops)
     if args.dry_run:
         print(table)
@@ -316,42 +337,49 @@ def main() -> None:
         print(f"drew {args.results_dir / 'plan.png'}")
         return
     start, tokenizer = starting_weights(args, config), sample_tokenizer(args, data.codes)
-    recorded = {**plain(args), "data": fingerprint(data.codes)}
+    given = sha256(args.gpt_ckpt)[:16] if args.gpt_ckpt else None
+    recorded = {**plain(args), "data": fingerprint(data.codes), "start": given}
     keep_freed_memory()
-    with world() as here:
+    with world() as here, stop_signals(here.size) as stop:
         run = agree_on_run(args, recorded, here)
+        log = RunLog(run.folder, here.is_main, args.tensorboard)
+        cloud = args.cloud_save_path / f"{run.folder.name}-{run.id}" if args.cloud_save_path else None
+        keeper = Keeper(run.folder, log, args.keep_last, {stage.stop for stage in plan.stages}, cloud)
+        if cloud and here.is_main:
+            for path in run.checkpoints:  # whose copies an earlier life did not see to the end
+                keeper.copy(path)
         if run.finished:
             print(f"{run.folder} is finished already; --fresh starts a new run") if here.is_main else None
+            keeper.close(lambda: stop.asked is None)
             return
-        log = RunLog(run.folder, here.is_main, args.tensorboard)
-        keeper = Keeper(run.folder, log, args.keep_last, {stage.stop for stage in plan.stages}, args.cloud_save_path)
-        with stop_signals(here.size) as stop:
-            trainer = build(args, data, plan, config, here, run, log, keeper, tokenizer, start, recorded)
-            trainer.resume(run.checkpoints)
-            if here.is_main:
-                forget_after(run.folder, trainer.step)
-                plan.draw(run.folder / "plan.png", args.gpt_model)
-            parameters = sum(p.numel() for p in trainer.model.parameters())
-            log.line(
-                f"{args.gpt_model}: {parameters / 1e6:.1f}M parameters, {len(data)} images of {data.codes.tokens} codes in "
-                f"{data.codes.views} views, {here.size} process(es) on {here.device.type}; in {run.folder}"
-            )
-            if data.codes.hint:
-                log.line(data.codes.hint)
-            for change in run.changed:
-                log.line(f"changed since the run was started: {change}")
-            log.line(table)
-            ended = trainer.train(stop)
+        trainer = build(args, data, plan, config, here, run, log, keeper, tokenizer, start, recorded)
+        trainer.resume(run.checkpoints)
+        if here.is_main:
+            forget_after(run.folder, trainer.step)
+            plan.draw(run.folder / "plan.png", args.gpt_model)
+        parameters = sum(p.numel() for p in trainer.model.parameters())
+        log.line(
+            f"{args.gpt_model}: {parameters / 1e6:.1f}M parameters, {len(data)} images of {data.codes.tokens} codes in "
+            f"{data.codes.views} views, {here.size} process(es) on {here.device.type}; in {run.folder}"
+        )
+        for note in (data.codes.hint, *(f"changed since the run was started: {change}" for change in run.changed)):
+            if note:
+                log.line(note)
+        log.line(table)
+        ended = trainer.train(stop)
+        if here.is_main:
+            draw_losses(run.folder, plan)
         if not ended:
             log.line(
                 f"stopped at step {trainer.step} of {plan.total} by {stop.asked.name if stop.asked else 'another process'}; "
                 "the same command continues"
             )
+            deadline = time.monotonic() + 10  # a pre-empted process has some 30 s
+            keeper.close(lambda: time.monotonic() < deadline)
             sys.exit(stop.exit_status())
         if here.is_main:
-            draw_losses(run.folder, plan)
-            keeper.close()
             run.finish()
+            keeper.close(lambda: stop.asked is None)
 
 
 if __name__ == "__main__":

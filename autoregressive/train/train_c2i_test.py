@@ -70,7 +70,7 @@ class TestRun:
         assert content["classes"] == ["a", "b", "c"]
         assert content["steps"] == 24
         checkpoint.load_weights(Transformer(GPTConfig(**content["config"])), content["ema"], "ema")
-        assert (finished[0].parent / "cloud" / "000-GPT-XXS" / "checkpoints" / "0000024.pt").is_file()
+        assert len(list((finished[0].parent / "cloud").glob("000-GPT-XXS-*/checkpoints/0000024.pt"))) == 1
 
     def test_a_curve_is_drawn(self, finished):
         assert (finished[0] / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -199,6 +199,20 @@ def test_a_tokenizer_of_another_grid_is_refused(code_path, tmp_path):
     assert_refused(train(code_path, tmp_path, "--vq-ckpt", file), "makes 64 codes of 512", "these codes are 16 of 64")
 
 
+def test_what_does_not_fit_the_model_is_refused_before_work(code_path, tmp_path):
+    """Validation codes of another tokenizer, and ids or labels of the published layout, which has no manifest."""
+    toy.write_codes(tmp_path / "val", images=48, codebook=512)
+    assert_refused(train(code_path, tmp_path, "--val-code-path", tmp_path / "val"), "codebook_size 512", "codes 64")
+    toy.write_codes(tmp_path / "bare", "per-image", images=48, codebook=64)
+    (tmp_path / "bare" / "toy32.json").unlink()
+    bare = ("--code-path", tmp_path / "bare", "--val-code-path", tmp_path / "bare")
+    assert_refused(train(code_path, tmp_path, *bare, "--vocab-size", "32"), "the codes go from 0 to 63", "is 32")
+    assert not list(tmp_path.glob("000*"))
+    result = train(code_path, tmp_path, *bare, "--vocab-size", "64", "--num-classes", "3", "--epochs", "1")
+    assert result.returncode == 0, result.stderr
+    assert "pack it once: python -m dataset.codes pack" in result.stdout
+
+
 def test_drop_path_takes_the_place_of_dropout(code_path, tmp_path):
     """As published; the dropout of the embedded input stays."""
     result = train(code_path, tmp_path, "--drop-path-rate", "0.2", "--epochs", "1")
@@ -213,6 +227,10 @@ def test_start_from_given_weights(finished, code_path, tmp_path):
     result = train(code_path, tmp_path, "--gpt-ckpt", start, "--lr", "1e-9")
     assert result.returncode == 0, result.stderr
     assert rows(tmp_path / "000-GPT-XXS", "val_loss")[0] == pytest.approx(rows(finished[0], "val_loss")[-1], rel=1e-3)
+    other = finished[0] / "checkpoints" / "0000012.pt"  # other weights are another run
+    assert train(code_path, tmp_path, "--gpt-ckpt", other, "--lr", "1e-9").returncode == 0
+    first = [rows(tmp_path / f"00{i}-GPT-XXS", "loss")[0] for i in (0, 1)]
+    assert first[0] < first[1] - 0.1
 
 
 @pytest.mark.parametrize(

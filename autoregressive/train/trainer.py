@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -99,20 +100,26 @@ class Trainer:
         if settings.compile:
             objective = torch.compile(objective, dynamic=False)
         self.objective = DistributedDataParallel(objective) if here.size > 1 else objective
-        self.step = 0
+        self.step, self.drawn = 0, time.monotonic()
         self.recent: list[Tensor] = []  # this process's losses since the last report
         self.known = torch.zeros(0, device=here.device)  # all processes' losses since then, from a checkpoint
 
     def resume(self, paths: Sequence[Path]) -> None:
-        """Go on from the first of these checkpoints that is whole."""
-        for path in paths:
-            try:
-                content = checkpoint.load(path)
-                break
-            except InputError as error:
-                self.log.line(f"warning: {error}")
-        else:
+        """Go on from the first of these checkpoints that is whole, as the first process sees it; others are set aside.
+
+        Raises InputError if there are some and none of them is whole, or if the processes read different ones.
+        """
+        chosen = [self.newest_whole(paths) if self.here.is_main else None]
+        if self.here.size > 1:
+            dist.broadcast_object_list(chosen)
+        if isinstance(chosen[0], str):
+            raise InputError(chosen[0])
+        if chosen[0] is None:
             return
+        path, steps = chosen[0]
+        content = checkpoint.load(path)
+        if content["steps"] != steps:
+            raise InputError(f"{path} is another file here than for the first process: share --results-dir")
         checkpoint.load_weights(self.model, content["model"], str(path))
         if self.ema:
             checkpoint.load_weights(self.ema, content["ema"], f"{path} (ema)")
@@ -123,9 +130,27 @@ class Trainer:
         self.known = content.get("recent", self.known).to(self.here.device)
         self.log.line(f"continuing at step {self.step} of {self.plan.total} from {path}")
 
+    def newest_whole(self, paths: Sequence[Path]) -> tuple[Path, int] | str | None:
+        """A checkpoint and its step; None if there are no files, what is wrong if none of them is whole."""
+        wrong = []
+        for path in paths:
+            try:
+                steps = checkpoint.load(path)["steps"]
+            except InputError as error:
+                wrong.append((path, str(error)))
+                continue
+            for damaged, error in wrong:  # it must not count as one of the newest
+                self.log.line(f"warning: {error}; it is set aside")
+                damaged.rename(damaged.with_suffix(".damaged"))
+            return path, steps
+        return f"no checkpoint is whole: {wrong[0][1]}; or start another run with --fresh" if wrong else None
+
     def save(self) -> None:
-        """Write a checkpoint."""
-        self.known, self.recent = self.losses(), []
+        """Write a checkpoint, unless there is something in it that is not finite; draw the losses, once a minute."""
+        start = time.perf_counter()
+        losses = self.losses()
+        self.refuse_what_is_not_finite(losses, float(self.grad_norm))
+        self.known, self.recent = losses, []
         if not self.here.is_main:
             return
         content = {
@@ -138,6 +163,10 @@ class Trainer:
             **self.about,
         }
         self.keeper.save(self.step, content)
+        if time.monotonic() - self.drawn > 60:
+            draw_losses(self.log.folder, self.plan)
+            self.drawn = time.monotonic()
+        self.since += time.perf_counter() - start
 
     def batches(self, selection: Selection) -> list[tuple[Tensor, Tensor]]:
         """The micro-batches of a selection, on the device; dropped labels are the null class."""
@@ -164,9 +193,8 @@ class Trainer:
             bar_format="{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )  # fmt: skip
         self.flops = self.model.config.training_flops
-        self.peak = matmul_rate(
-            self.here.device, self.settings.dtype, 1024 if self.here.device.type == "cpu" else 4096, 5
-        )
+        side = 1024 if self.here.device.type == "cpu" else 8192
+        self.peak = matmul_rate(self.here.device, self.settings.dtype, side, repeats=20)
         self.model.train()
         self.restart_clock()
         with self.bar:
@@ -179,6 +207,7 @@ class Trainer:
                         break
                     if stop and stop.agreed():
                         self.save()
+                        self.here.barrier()  # the first one to leave would have the launcher end the others
                         return False
         return True
 
@@ -265,17 +294,22 @@ class Trainer:
         first = self.step - len(losses) + 1
         if not bad and (np.isfinite(norm) or self.scaler):
             return
-        kept = numbered(self.keeper.folder)
         if bad:
             steps = [first + i for i in bad]
             what = f"the loss is {losses[bad[0]].item()} at step {steps[0]}"
             what += f" and {len(steps) - 1} more up to step {steps[-1]}" if len(steps) > 1 else ""
         else:
             what = f"the gradient norm is {norm} at step {self.step}"
-        raise SystemExit(
-            f"{what}: the run stops; the last good checkpoint is {kept[0] if kept else 'none'}; "
-            "try a lower --lr or --max-grad-norm"
+        if not self.here.is_main:
+            raise SystemExit(1)
+        kept = numbered(self.keeper.folder)
+        advice = (
+            f"start again with a lower --lr or --max-grad-norm{f', from it by --gpt-ckpt {kept[0]}' if kept else ''}"
         )
+        message = f"{what}: the run stops; the last good checkpoint is {kept[0] if kept else 'none'}; --fresh: {advice}"
+        self.log.note(message)
+        draw_losses(self.log.folder, self.plan)
+        raise SystemExit(message)
 
     def validate(self, epoch: int) -> None:
         """Held-out loss at the token level, and at this stage's patch side, of the raw weights (and the EMA's)."""
