@@ -44,7 +44,7 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mmap_max, trim_threshold = -4, -1  # names of malloc.h without their M_
         mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(trim_threshold, -1)  # never
 
 
 def peak_memory(device: torch.device) -> int:

@@ -121,7 +121,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = precision_dtype(args.mixed_precision, device)
     keep_freed_memory()
-    machine, rates, rows = card(device), [], []
+    machine, rows = card(device), []
     print(f"{machine}\n{args.gpt_model}, batch {args.batch_size}, {args.image_tokens} codes, {dtype}")
     print(
         "mode      patch   s/step  to p=1  fwd+bwd  to p=1   ideal  images/s  positions/s    MFU  data    GB  first call"
@@ -134,34 +134,41 @@ def main() -> None:
         codes = Codes(folder, "toy", 32)
         for mode in args.modes:
             step = Step(args, codes, mode == "compiled", device)
-            base = None
-            for patch in sorted(args.patch_sizes):
-                rates.append(matmul_rate(device, dtype))
+            mine = []
+            for patch in sorted(args.patch_sizes, reverse=True):  # as training goes
+                before = matmul_rate(device, dtype)
                 row = {"mode": mode, "patch": patch, **measure(step, patch, args.steps, device)}
-                rates.append(matmul_rate(device, dtype))
-                base = base or row
-                positions = args.batch_size * args.image_tokens // patch**2
+                rate = (before + matmul_rate(device, dtype)) / 2
                 flops = args.batch_size * step.model.config.training_flops(patch)
                 row |= {
-                    "ratio": row["seconds"] / base["seconds"],
-                    "ratio_forward_backward": row["forward_backward"] / base["forward_backward"],
-                    "ideal": (base["patch"] / patch) ** 2,
                     "images_per_s": args.batch_size / row["seconds"],
-                    "positions_per_s": positions / row["seconds"],
-                    "matmul_flops": statistics.mean(rates[-2:]),
-                    "mfu": flops / row["seconds"] / statistics.mean(rates[-2:]),
+                    "positions_per_s": args.batch_size * args.image_tokens / patch**2 / row["seconds"],
+                    "matmul_flops": rate,
+                    "mfu": flops / row["seconds"] / rate,
                     "data_wait": row["data"] / row["seconds"],
                 }
-                rows.append(row)
-                print(
-                    f"{mode:<8} {patch:>6} {row['seconds']:>8.3f} {row['ratio']:>7.3f} {row['forward_backward']:>8.3f} "
-                    f"{row['ratio_forward_backward']:>7.3f} {row['ideal']:>7.4f} {row['images_per_s']:>9.1f} "
-                    f"{row['positions_per_s']:>12.0f} {row['mfu']:>6.1%} {row['data_wait']:>5.1%} {row['memory_gb']:>5.1f} "
-                    f"{row['first']:>10.1f}s"
-                )
-            report_schedules([row for row in rows if row["mode"] == mode])
+                mine.insert(0, row)
+            report(mine)
+            report_schedules(mine)
+            rows += mine
+    rates = [row["matmul_flops"] for row in rows]
     print(f"matmul {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f} GFLOP/s")
     finish({**machine, "benchmark": "train", **vars(args), "rows": rows})
+
+
+def report(rows: list[dict]) -> None:
+    """A line a patch side, beside the finest one."""
+    base = rows[0]
+    for row in rows:
+        row["ratio"] = row["seconds"] / base["seconds"]
+        row["ratio_forward_backward"] = row["forward_backward"] / base["forward_backward"]
+        row["ideal"] = (base["patch"] / row["patch"]) ** 2
+        print(
+            f"{row['mode']:<8} {row['patch']:>6} {row['seconds']:>8.3f} {row['ratio']:>7.3f} {row['forward_backward']:>8.3f} "
+            f"{row['ratio_forward_backward']:>7.3f} {row['ideal']:>7.4f} {row['images_per_s']:>9.1f} "
+            f"{row['positions_per_s']:>12.0f} {row['mfu']:>6.1%} {row['data_wait']:>5.1%} {row['memory_gb']:>5.1f} "
+            f"{row['first']:>10.1f}s"
+        )
 
 
 def report_schedules(rows: list[dict]) -> None:
