@@ -38,7 +38,7 @@ def keep_freed_memory() -> None:
     """Let this process keep what it frees for its next allocations, where the C library is glibc; otherwise do nothing.
 
     By default glibc gives blocks above some size back to the system at once. A training step on a CPU frees and allocates
-    gigabytes, and each new page costs a fault and a zeroing: a quarter of an 8x8 step of GPT-B.
+    gigabytes, and each new page costs a fault and a zeroing: most of all in coarse steps, which compute little.
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
