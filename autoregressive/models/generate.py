@@ -1,40 +1,44 @@
-"""Sampling: KV cache, classifier-free guidance, filters, and one uniform a token by inverse CDF.
+"""Sampling: static KV caches, classifier-free guidance, filters, and one uniform a token by inverse CDF.
 
-Shapes: B images, L codes of an image, V vocabulary, G key/value heads, C channels of a head.
+Shapes: B images, R rows (B, or 2 B with the unconditional half behind), L codes of an image, V vocabulary, H query heads,
+G key/value heads, Q = H / G queries of a group, C channels of a head, D width.
 """
 
-from collections.abc import Callable
+import copy
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from autoregressive.models.gpt import Transformer
 
+MIN_BUCKET = 64  # positions
 
-class KVCache:
-    """Keys and values of one layer, in arrays allocated once: rows (B), G heads, `length` positions, C channels."""
-
-    def __init__(self, rows: int, heads: int, length: int, channels: int, like: Tensor) -> None:
-        self.k = like.new_empty(rows, heads, length, channels)
-        self.v = like.new_empty(rows, heads, length, channels)
-        self.filled = 0
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, G, n, C) behind what is there; return views of all keys and values so far."""
-        start, self.filled = self.filled, self.filled + k.shape[2]
-        self.k[:, :, start : self.filled] = k
-        self.v[:, :, start : self.filled] = v
-        return self.k[:, :, : self.filled], self.v[:, :, : self.filled]
-
-    def keep(self, rows: int) -> None:
-        """Forget all but the first rows."""
-        self.k, self.v = self.k[:rows], self.v[:rows]
+# Scale at x, the share of the image that is drawn, on the way from 1 to s.
+SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
+    "constant": lambda x, s, power: s,
+    "linear": lambda x, s, power: 1 + (s - 1) * x,  # MUSE (arXiv 2301.00704)
+    "power-cosine": lambda x, s, power: 1 + (s - 1) * (1 - math.cos(math.pi * x**power)) / 2,  # MDTv2, RAR
+}
 
 
-def guide(logits_RV: Tensor, cfg_scale: float) -> Tensor:
-    """Classifier-free guidance: rows are B conditional, then B unconditional logits -> uncond + scale (cond - uncond)."""
-    conditional, unconditional = logits_RV.chunk(2)
-    return unconditional + (conditional - unconditional) * cfg_scale
+def guidance_scales(
+    length: int, scale: float, schedule: str = "constant", power: float = 2.75, interval: Sequence[int] = (-1,)
+) -> list[float]:
+    """The guidance scale of each of `length` codes; 1 is no guidance, and scales below 1 count as 1.
+
+    schedule: a key of SCHEDULES; power is that of power-cosine (2.75 as in RAR, arXiv 2411.00776).
+    interval: (first, stop) guides only the codes from first up to, not including, stop (arXiv 2404.07724); the published
+    form (c,) guides the first c + 2 codes, and all for c = -1.
+    """
+    if len(interval) == 1:
+        interval = (0, length if interval[0] < 0 else interval[0] + 2)
+    curve = SCHEDULES[schedule]
+    return [max(1.0, curve(t / length, scale, power)) if interval[0] <= t < interval[1] else 1.0 for t in range(length)]
 
 
 def filter_logits(logits_BV: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -56,7 +60,10 @@ def filter_logits(logits_BV: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tens
 
 def probabilities(logits_BV: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """The distribution that a code is drawn from: temperature, then the filters, then softmax (float32)."""
-    return filter_logits(logits_BV.float() / max(temperature, 1e-5), top_k, top_p).softmax(-1)
+    logits_BV = logits_BV.float()
+    if temperature != 1:
+        logits_BV = logits_BV / max(temperature, 1e-5)
+    return filter_logits(logits_BV, top_k, top_p).softmax(-1)
 
 
 def draw(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
@@ -67,7 +74,217 @@ def draw(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     return torch.searchsorted(cdf, target, right=True)[:, 0]
 
 
-@torch.inference_mode()
+class PackedLinear(nn.Module):
+    """nn.Linear without bias on a CPU, its float32 weight in oneDNN's own order.
+
+    For the few rows of a decoding step it is 2 to 4 times as fast as F.linear on an AMD processor
+    (scripts/benchmark/sample.py), and a row's result is the same whatever the number of rows, from two rows on.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+
+    @staticmethod
+    def fits(weight: Tensor) -> bool:
+        """Whether this PyTorch and machine have it; its operators are not public, so they may go."""
+        return (
+            weight.device.type == "cpu"
+            and weight.dtype == torch.float32
+            and torch.backends.mkldnn.is_available()
+            and all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+
+def for_decoding(model: Transformer, dtype: torch.dtype, pack: bool) -> Transformer:
+    """A copy of a model whose weights have a dtype (shared where it is theirs already) and, on a CPU, may be packed."""
+    memo = {id(weight): nn.Parameter(weight.detach().to(dtype), requires_grad=False) for weight in model.parameters()}
+    model = copy.deepcopy(model, memo).eval()  # buffers (the rotary table) keep their float32
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if pack and isinstance(child, nn.Linear) and PackedLinear.fits(child.weight):
+                setattr(module, name, PackedLinear(child))
+    return model
+
+
+class Position(NamedTuple):
+    """Where a step is."""
+
+    index: Tensor | None  # (1,), a tensor so that one graph serves all positions; None for the positions 0 to L - 1
+    read: int  # how far caches are read
+    mask: Tensor | None = None  # (read,), -inf at what is not there yet
+
+
+def attend(
+    keys_RGnC: Tensor, values_RGnC: Tensor, at: Position, q_RHLC: Tensor, k_RGLC: Tensor, v_RGLC: Tensor
+) -> Tensor:
+    """Store keys and values of one layer in its caches, and attend to all up to there. Returns (R, H, L, C)."""
+    R, H, L, C = q_RHLC.shape
+    if at.index is None:
+        keys_RGnC[:, :, :L], values_RGnC[:, :, :L] = k_RGLC, v_RGLC
+        return F.scaled_dot_product_attention(q_RHLC, k_RGLC, v_RGLC, is_causal=True, enable_gqa=k_RGLC.shape[1] != H)
+    keys_RGnC.index_copy_(2, at.index, k_RGLC)
+    values_RGnC.index_copy_(2, at.index, v_RGLC)
+    q_RGQC = (q_RHLC * C**-0.5).view(R, k_RGLC.shape[1], -1, C)
+    scores_RGQn = (q_RGQC @ keys_RGnC[:, :, : at.read].transpose(2, 3)).float()
+    if at.mask is not None:
+        scores_RGQn = scores_RGQn + at.mask
+    weights_RGQn = scores_RGQn.softmax(-1).type_as(values_RGnC)
+    return (weights_RGQn @ values_RGnC[:, :, : at.read]).view(R, H, 1, C)
+
+
+class Draw(NamedTuple):
+    """How a code is chosen from its logits."""
+
+    greedy: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __call__(self, logits_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+        if self.greedy:
+            return logits_BV.argmax(-1)
+        return draw(probabilities(logits_BV, self.temperature, self.top_k, self.top_p), uniforms_B)
+
+
+class Decoder:
+    """Decodes batches of up to `batch` images; caches, and graphs on a GPU, are made once and serve every batch.
+
+    dtype: of weights and caches. compiled: torch.compile the step, and on a GPU replay it as a CUDA graph; such a step
+    reads its caches up to a multiple of a quarter of the image. Otherwise it reads exactly what is there.
+    """
+
+    def __init__(
+        self, model: Transformer, batch: int, dtype: torch.dtype = torch.float32, compiled: bool = False
+    ) -> None:
+        self.config = c = model.config
+        self.model = for_decoding(model, dtype, pack=not compiled)
+        self.device = device = model.output.weight.device
+        self.batch = B = max(2, batch)  # products of one row may be summed in another order than those of several
+        self.compiled = compiled
+        shape = (2 * B, c.kv_heads, c.block_size, c.head_dim)
+        new = partial(torch.zeros, shape, dtype=dtype, device=device)  # zeros: what a mask hides must be finite
+        self.caches = [(new(), new()) for _ in range(c.n_layer)]
+        self.rope = self.model.rope_table(c.block_size)
+        self.bucket = max(MIN_BUCKET, -(-c.block_size // 4))
+        self.index = torch.zeros(1, dtype=torch.int64, device=device)
+        self.positions = torch.arange(c.block_size, device=device)
+        self.scales = torch.ones(c.block_size, device=device)
+        self.uniforms = torch.zeros(B, c.block_size, dtype=torch.float64, device=device)
+        self.codes = torch.zeros(B, c.block_size, dtype=torch.int64, device=device)
+        self.h_RD = torch.zeros(2 * B, c.dim, dtype=dtype, device=device)
+        self.replays: dict[tuple, Callable[[], Tensor]] = {}
+
+    def _rows(self, first: int, stop: int) -> list[tuple[Tensor, Tensor]]:
+        """Each layer's caches of some rows. A compiled step gets them as they are: cut inside, it would copy them whole."""
+        return [(k[first:stop], v[first:stop]) for k, v in self.caches]
+
+    def _hidden(self, h_RLD: Tensor, rope_LC2: Tensor, at: Position, caches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        return self.model.hidden(h_RLD, rope_LC2, [partial(attend, k, v, at) for k, v in caches])
+
+    def _step(self, caches: Sequence[tuple[Tensor, Tensor]], read: int, masked: bool, choose: Draw) -> Tensor:
+        """Draw the code at self.index for all images; returns the (guided) logits (B, V)."""
+        rows = len(caches[0][0])
+        mask = torch.where(self.positions[:read] <= self.index, 0.0, -torch.inf) if masked else None
+        rope = self.rope.index_select(0, self.index)
+        h_RD = self._hidden(self.h_RD[:rows, None], rope, Position(self.index, read, mask), caches)[:, 0]
+        if rows > self.batch:  # the head is linear: guiding what it reads guides its logits, at half the products
+            conditional, unconditional = h_RD.float().chunk(2)
+            scale = self.scales.index_select(0, self.index)
+            h_RD = (unconditional + (conditional - unconditional) * scale).type_as(h_RD)
+        logits_BV = self.model.output(h_RD).float()
+        codes_B = choose(logits_BV, self.uniforms.index_select(1, self.index)[:, 0])
+        self.codes.index_copy_(1, self.index, codes_B[:, None])
+        self.h_RD.copy_(self.model.tok_embeddings(codes_B).repeat(2, 1))
+        self.index.add_(1)
+        return logits_BV
+
+    def _catch_up(self, positions: int, nulls_B: Tensor) -> None:
+        """Fill the unconditional rows' caches for positions that were drawn without them, in one pass."""
+        h_B1D = self.model.cls_embedding.embedding_table(nulls_B)[:, None]
+        h_BLD = torch.cat((h_B1D, self.model.tok_embeddings(self.codes[:, : positions - 1])), dim=1)
+        self._hidden(h_BLD, self.rope[:positions], Position(None, positions), self._rows(self.batch, 2 * self.batch))
+
+    def _runner(self, rows: int, t: int, choose: Draw) -> Callable[[], Tensor]:
+        """What draws the code at position t."""
+        if not self.compiled:
+            return partial(self._step, self._rows(0, rows), t + 1, False, choose)
+        read = min(self.config.block_size, (t // self.bucket + 1) * self.bucket)
+        key = (rows, read, choose)
+        if key not in self.replays:
+            step = partial(
+                torch.compile(self._step, fullgraph=True, dynamic=False), self._rows(0, rows), read, True, choose
+            )
+            self.replays[key] = self._captured(step) if self.device.type == "cuda" else step
+        return self.replays[key]
+
+    def _captured(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """The step as a CUDA graph. The calls that warm it up leave no trace but in caches, at positions still to come."""
+        state = [(tensor, tensor.clone()) for tensor in (self.index, self.h_RD, self.codes)]
+
+        def restore() -> None:
+            for tensor, before in state:
+                tensor.copy_(before)
+
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+                restore()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return logits
+
+        return replay
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        labels_B: Tensor,
+        uniforms_BL: Tensor | None,
+        scales_L: Sequence[float],
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Draw the codes (B, L) int64 of B <= batch images, L = len(scales_L), code by code.
+
+        uniforms_BL: a number in [0, 1) for each code, or None for the most likely code (greedy). scales_L: see
+        guidance_scales; where all scales to come are 1 there is no unconditional half, and where they were 1 so far it is
+        filled in one pass. on_step(t, logits_BV) sees the (guided) logits.
+        """
+        n, L, B = len(labels_B), len(scales_L), self.batch
+        labels = F.pad(labels_B.to(self.device), (0, B - n))
+        nulls = torch.full_like(labels, self.config.num_classes)
+        if uniforms_BL is not None:
+            self.uniforms[:n, :L] = uniforms_BL[:, :L]
+        self.scales[:L] = torch.tensor(scales_L)
+        self.index.zero_()
+        self.h_RD.copy_(self.model.cls_embedding.embedding_table(torch.cat((labels, nulls))))
+        guided = [t for t, scale in enumerate(scales_L) if scale > 1]
+        first, stop = (guided[0], guided[-1] + 1) if guided else (L, L)
+        choose = Draw(uniforms_BL is None, temperature, top_k, top_p)
+        with torch._dynamo.config.patch(recompile_limit=1000):  # a graph for each bucket, guided or not
+            for t in range(L):
+                if 0 < t == first:
+                    self._catch_up(t, nulls)
+                logits_BV = self._runner(2 * B if first <= t < stop else B, t, choose)()
+                if on_step:
+                    on_step(t, logits_BV[:n])
+        return self.codes[:n, :L].clone()
+
+
 def generate(
     model: Transformer,
     labels_B: Tensor,
@@ -75,44 +292,10 @@ def generate(
     *,
     cfg_scale: float = 1.0,
     cfg_interval: int = -1,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
     length: int | None = None,
-    autocast: Callable | None = None,
-    on_step: Callable[[int, Tensor], None] | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options,
 ) -> Tensor:
-    """Draw the codes (B, L) int64 of B images, code by code.
-
-    uniforms_BL: a number in [0, 1) for each code, or None for the most likely code (greedy).
-    cfg_scale: guidance for scales above 1; cfg_interval c > -1 guides only the first c + 2 codes, and the
-    unconditional half of the batch is dropped from then on. length: codes to draw, the whole grid by default.
-    autocast: a context manager's factory for mixed precision. on_step(t, logits_BV) sees the guided logits.
-    """
-    config = model.config
-    B, length = labels_B.shape[0], length or config.block_size
-    guided = cfg_scale > 1
-    rows = 2 * B if guided else B
-    if guided:
-        labels_B = torch.cat((labels_B, torch.full_like(labels_B, config.num_classes)))
-    cache_dtype = model.output.weight
-    caches = [KVCache(rows, config.kv_heads, length, config.head_dim, cache_dtype) for _ in range(config.n_layer)]
-    rope = model.rope_table(config.block_size)
-    codes_BL = torch.empty(B, length, dtype=torch.int64, device=labels_B.device)
-    h_R1D = model.cls_embedding.embedding_table(labels_B)[:, None]
-    for t in range(length):
-        with autocast() if autocast else torch.autocast(labels_B.device.type, enabled=False):
-            logits_RV = model.decode(h_R1D, rope[t : t + 1], caches)[:, -1].float()
-        logits_BV = guide(logits_RV, cfg_scale) if guided else logits_RV
-        if on_step:
-            on_step(t, logits_BV)
-        if uniforms_BL is None:
-            codes_BL[:, t] = logits_BV.argmax(-1)
-        else:
-            codes_BL[:, t] = draw(probabilities(logits_BV, temperature, top_k, top_p), uniforms_BL[:, t])
-        if guided and -1 < cfg_interval <= t - 1:
-            guided = False
-            for cache in caches:
-                cache.keep(B)
-        h_R1D = model.tok_embeddings(codes_BL[:, t : t + 1]).repeat(2 if guided else 1, 1, 1)
-    return codes_BL
+    """The codes of one batch, by a Decoder of its own with constant guidance; options are those of Decoder.__call__."""
+    scales = guidance_scales(length or model.config.block_size, cfg_scale, interval=(cfg_interval,))
+    return Decoder(model, len(labels_B), dtype)(labels_B, uniforms_BL, scales, **options)

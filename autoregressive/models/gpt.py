@@ -4,6 +4,7 @@ Shapes: B batch, N patches, K codes in a patch, L positions (class token and pat
 H query heads, G key/value heads, C channels of a head. Parameter names are those of the published checkpoints.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from autoregressive.models.patches import grid_side, head_loss
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> what each query position gets
 
 
 @dataclass(frozen=True)
@@ -125,21 +128,22 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.dim, heads * config.head_dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x_BLD: Tensor, rope_LC2: Tensor, cache=None) -> Tensor:
-        """Causal attention; with a cache, over the positions it holds and these (see generate.KVCache)."""
+    def forward(self, x_BLD: Tensor, rope_LC2: Tensor, attend: Attend | None = None) -> Tensor:
+        """Causal attention over these positions, or what `attend` makes of q (B, H, L, C), k and v (B, G, L, C)."""
         c = self.config
         qkv = self.wqkv(x_BLD).unflatten(-1, (-1, c.head_dim))
         turned, v_BLGC = qkv.split((c.n_head + c.kv_heads, c.kv_heads), dim=2)
         q_BLHC, k_BLGC = apply_rope(turned, rope_LC2).split((c.n_head, c.kv_heads), dim=2)
         q, k, v = (t.transpose(1, 2) for t in (q_BLHC, k_BLGC, v_BLGC))
-        if cache is not None:
-            k, v = cache.append(k, v)
-        x_BHLC = F.scaled_dot_product_attention(
-            q, k, v,
-            is_causal=q.shape[2] > 1,
-            dropout_p=c.attn_dropout_p if self.training else 0.0,
-            enable_gqa=c.kv_heads != c.n_head,
-        )  # fmt: skip
+        if attend is not None:
+            x_BHLC = attend(q, k, v)
+        else:
+            x_BHLC = F.scaled_dot_product_attention(
+                q, k, v,
+                is_causal=True,
+                dropout_p=c.attn_dropout_p if self.training else 0.0,
+                enable_gqa=c.kv_heads != c.n_head,
+            )  # fmt: skip
         x_BLD = self.wo(x_BHLC.transpose(1, 2).flatten(2))
         return F.dropout(x_BLD, c.resid_dropout_p, self.training)
 
@@ -167,8 +171,8 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x_BLD: Tensor, rope_LC2: Tensor, cache=None) -> Tensor:
-        branch = self.attention(self.attention_norm(x_BLD), rope_LC2, cache)
+    def forward(self, x_BLD: Tensor, rope_LC2: Tensor, attend: Attend | None = None) -> Tensor:
+        branch = self.attention(self.attention_norm(x_BLD), rope_LC2, attend)
         x_BLD = x_BLD + drop_path(branch, self.drop_path_p, self.training)
         return x_BLD + drop_path(self.feed_forward(self.ffn_norm(x_BLD)), self.drop_path_p, self.training)
 
@@ -221,22 +225,20 @@ class Transformer(nn.Module):
         h_BND = self.tok_embeddings(patches_BNK).mean(dim=2)
         return F.dropout(torch.cat((h_B1D, h_BND), dim=1), self.config.token_dropout_p, self.training)
 
-    def hidden(self, h_BLD: Tensor, rope_LC2: Tensor, caches=None, recompute: bool = False) -> Tensor:
+    def hidden(
+        self, h_BLD: Tensor, rope_LC2: Tensor, attends: Sequence[Attend] | None = None, recompute: bool = False
+    ) -> Tensor:
         """Embedded positions -> what the head reads (B, L, D).
 
+        attends: each layer's attention, with keys and values from elsewhere (see generate.attend).
         recompute: keep only the input of each block for the backward pass, and compute the rest again there.
         """
-        for i, layer in enumerate(self.layers):
-            cache = caches[i] if caches else None
+        for layer, attend in zip(self.layers, attends or [None] * len(self.layers), strict=True):
             if recompute and torch.is_grad_enabled():
-                h_BLD = checkpoint(layer, h_BLD, rope_LC2, cache, use_reentrant=False)
+                h_BLD = checkpoint(layer, h_BLD, rope_LC2, use_reentrant=False)
             else:
-                h_BLD = layer(h_BLD, rope_LC2, cache)
+                h_BLD = layer(h_BLD, rope_LC2, attend)
         return self.norm(h_BLD)
-
-    def decode(self, h_BLD: Tensor, rope_LC2: Tensor, caches=None) -> Tensor:
-        """Embedded positions -> logits (B, L, V)."""
-        return self.output(self.hidden(h_BLD, rope_LC2, caches))
 
     def inputs(self, patches_BNK: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
         """The embedded class and all patches but the last (B, N, D), and their rotary table."""
@@ -248,7 +250,7 @@ class Transformer(nn.Module):
         patches_BNK: int64 (B, N, K) of to_patches, the targets included; the last one is not read.
         labels_B: int64 (B,), num_classes for the null class.
         """
-        return self.decode(*self.inputs(patches_BNK, labels_B))
+        return self.output(self.hidden(*self.inputs(patches_BNK, labels_B)))
 
     def loss(self, patches_BNK: Tensor, labels_B: Tensor, recompute: bool = False) -> Tensor:
         """patch_loss of forward's logits, which are never held at once (see patches.head_loss)."""

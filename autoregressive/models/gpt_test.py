@@ -118,7 +118,7 @@ def test_trap_loss_in_eval_mode_and_forward_changes_nothing(golden):
 def test_logits_behind_the_last_code(golden):
     model = small_model().eval()
     h = model.embed(torch.from_numpy(golden["idx"])[..., None], torch.from_numpy(golden["cls"]))
-    logits = model.decode(h, model.rope_table(64))
+    logits = model.output(model.hidden(h, model.rope_table(64)))
     close(logits[:, -1], golden["eval_logits_last"])
     close(logits[:, :-1], golden["logits_p1"])
 
