@@ -11,20 +11,22 @@ from utils.files import atomic_path
 
 
 def image_grid(images: np.ndarray, columns: int, row_names: Sequence[str] = (), scale: int = 1) -> Image.Image:
-    """uint8 images (N, H, W, 3), row by row, enlarged `scale` times; `row_names` stand to the left of the rows."""
+    """uint8 images (N, H, W, 3), row by row, enlarged `scale` times; `row_names` stand under the rows."""
     n, height, width, _ = images.shape
     rows, gap = -(-n // columns), 2
-    cell_h, cell_w = height * scale + gap, width * scale + gap
-    font = ImageFont.load_default(size=max(10, min(16, cell_h // 3)))
-    margin = max((int(font.getlength(name)) + 12 for name in row_names), default=0)
-    page = Image.new("RGB", (margin + columns * cell_w + gap, rows * cell_h + gap), "white")
+    font = ImageFont.load_default(size=max(10, min(16, height * scale // 4)))
+    line = sum(font.getmetrics()) + gap if row_names else 0
+    cell_h, cell_w = height * scale + gap + line, width * scale + gap
+    names = row_names[:rows]
+    page_w = max([columns * cell_w + gap, *(int(font.getlength(name)) + 3 * gap for name in names)])
+    page = Image.new("RGB", (page_w, rows * cell_h + gap), "white")
     draw = ImageDraw.Draw(page)
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
         tile = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-        page.paste(tile, (margin + gap + column * cell_w, gap + row * cell_h))
-    for row, name in enumerate(row_names[:rows]):
-        draw.text((6, gap + row * cell_h + cell_h // 2), name, fill="black", font=font, anchor="lm")
+        page.paste(tile, (gap + column * cell_w, gap + row * cell_h))
+    for row, name in enumerate(names):
+        draw.text((2 * gap, (row + 1) * cell_h - line), name, fill="black", font=font)
     return page
 
 

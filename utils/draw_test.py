@@ -24,13 +24,16 @@ def test_enlarged_pixels_stay_sharp():
     assert np.array_equal(page[GAP:-GAP, GAP:-GAP], IMAGES[0].repeat(3, axis=0).repeat(3, axis=1))
 
 
-def test_row_names_stand_to_the_left_and_hide_nothing():
+def test_row_names_stand_under_their_rows_and_hide_nothing():
     plain = np.array(image_grid(IMAGES, columns=3))
     named = np.array(image_grid(IMAGES, columns=3, row_names=["ankle boot", "bag", "a row that is not there"]))
-    margin = named.shape[1] - plain.shape[1]
-    assert np.array_equal(named[:, margin:], plain)
-    dark = (named[:, :margin] < 128).any(axis=(1, 2))
-    assert dark[:22].any() and dark[22:].any()
+    line = (len(named) - len(plain)) // 2
+    assert line > 8
+    for row in range(2):
+        top, before = row * (20 + GAP + line), row * (20 + GAP)
+        width = plain.shape[1]
+        assert np.array_equal(named[top : top + 20 + GAP, :width], plain[before : before + 20 + GAP])
+        assert (named[top + 20 + GAP : top + 20 + GAP + line] < 128).any()
 
 
 def test_pictures_are_written_whole(tmp_path):

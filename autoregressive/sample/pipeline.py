@@ -1,24 +1,32 @@
 """What both samplers share: flags, the two models, and images from labels."""
 
+import re
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torchvision.models import ResNet50_Weights
 
-from autoregressive.models.generate import generate
+from autoregressive.models.generate import SCHEDULES, Decoder, guidance_scales
 from autoregressive.models.gpt import PRESETS, Transformer
 from autoregressive.models.load import load_gpt
 from tokenizer.tokenizer_image.load import load_tokenizer
 from utils import cli, streams
-from utils.distributed import autocast, precision_dtype
+from utils.distributed import precision_dtype
+from utils.log import progress
 from utils.pixels import resize, to_uint8
+
+POWER = 2.75  # of power-cosine, as in RAR (arXiv 2411.00776)
+WNID = re.compile(r"n\d{8}")  # how ImageNet's class folders are named
 
 
 def add_flags(parser: ArgumentParser) -> None:
-    """The published sampling flags."""
+    """The published sampling flags, less --cfg-scale, of which one sampler takes several."""
     add = parser.add_argument
     add("--gpt-model", choices=PRESETS, help="insist on this preset; needed for files that don't say (published ones)")
     add("--gpt-ckpt", type=cli.existing_file, required=True)
@@ -32,13 +40,46 @@ def add_flags(parser: ArgumentParser) -> None:
     )
     add("--image-size-eval", type=cli.positive_int, help="resize samples to this (bicubic); default: as drawn")
     add("--num-classes", type=cli.positive_int, default=1000, help="of a GPT file that doesn't say")
-    add("--cfg-scale", type=cli.non_negative, default=1.5, help="classifier-free guidance above 1; 1 is off")
-    add("--cfg-interval", type=int, default=-1, help="c > -1 guides only the first c + 2 codes")
+    add("--cfg-schedule", choices=SCHEDULES, default="constant", help="how guidance grows from 1 to --cfg-scale")
+    add("--cfg-power", type=cli.positive, help=f"of --cfg-schedule power-cosine; default: {POWER}")
+    add(
+        "--cfg-interval",
+        type=int,
+        nargs="+",
+        default=[-1],
+        help="C guides only the first C + 2 codes (-1: all); FIRST STOP only the codes from FIRST up to, not including, STOP",
+    )
     add("--temperature", type=cli.positive, default=1.0)
     add("--top-k", type=cli.count, default=0, help="0: off")
     add("--top-p", type=cli.positive_fraction, default=1.0, help="1: off")
     add("--precision", choices=("auto", "none", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 on GPUs")
-    add("--compile", action=BooleanOptionalAction, default=None, help="torch.compile of the tokenizer's decoder")
+    add("--compile", action=BooleanOptionalAction, default=None, help="torch.compile of both models; default: on GPUs")
+
+
+def check_guidance(args: Namespace, codes: int) -> None:
+    """InputError for guidance flags that make no sense, also for images of so many codes."""
+    if args.cfg_power is not None and args.cfg_schedule != "power-cosine":
+        raise cli.InputError(
+            f"--cfg-power {args.cfg_power} is for --cfg-schedule power-cosine, not {args.cfg_schedule}"
+        )
+    interval = args.cfg_interval
+    fits = (
+        -1 <= interval[0] < codes
+        if len(interval) == 1
+        else len(interval) == 2 and 0 <= interval[0] < interval[1] <= codes
+    )
+    if not fits:
+        raise cli.InputError(
+            f"--cfg-interval {' '.join(map(str, interval))}: expected one number from -1 to {codes - 1}, "
+            f"or two, FIRST STOP, with 0 <= FIRST < STOP <= {codes} (codes of an image)"
+        )
+
+
+def class_names(names: Sequence[str], classes: int) -> list[str]:
+    """What to call so many classes: the checkpoint's names; ImageNet's words for its 1,000; else numbers."""
+    if classes == 1000 and (not names or all(map(WNID.fullmatch, names))):
+        return ResNet50_Weights.DEFAULT.meta["categories"]
+    return list(names) or [f"class {i}" for i in range(classes)]
 
 
 @dataclass
@@ -48,7 +89,7 @@ class Pipeline:
     gpt: Transformer
     tokenizer: torch.nn.Module
     args: Namespace
-    names: dict
+    names: dict[str, Any]
     image_size: int
 
     @classmethod
@@ -72,10 +113,11 @@ class Pipeline:
             raise cli.InputError(
                 f"{args.gpt_ckpt} knows {gpt.config.vocab_size} codes, {args.vq_ckpt} has {tokenizer.config.codebook_size}"
             )
+        check_guidance(args, gpt.config.block_size)
         names = {
             "gpt_model": args.gpt_model or about.get("gpt_model"),
             "vq_model": vq_about["vq_model"],
-            "classes": about.get("classes") or [],
+            "classes": class_names(about.get("classes") or [], gpt.config.num_classes),
             "weights": about["weights"],
         }
         return cls(gpt, tokenizer, args, names, size)
@@ -84,34 +126,71 @@ class Pipeline:
     def output_size(self) -> int:
         return self.args.image_size_eval or self.image_size
 
-    def to(self, device: torch.device) -> "Pipeline":
-        self.gpt.to(device)
-        self.tokenizer.to(device, memory_format=torch.channels_last)
-        self.amp = partial(autocast, device, precision_dtype(self.args.precision, device))
-        self.device = device
+    @property
+    def codes(self) -> int:
+        """Codes of an image."""
+        return self.gpt.config.block_size
+
+    def check_classes(self, labels: Sequence[int], flag: str) -> None:
+        """InputError for a class that the GPT does not know."""
+        classes = self.gpt.config.num_classes
+        for wrong in [label for label in labels if label >= classes]:
+            raise cli.InputError(f"{flag} {wrong} is out of range: {self.args.gpt_ckpt} has classes 0 to {classes - 1}")
+
+    def to(self, device: torch.device, batch: int) -> "Pipeline":
+        """Get ready to draw batches of so many images on a device."""
+        dtype = precision_dtype(self.args.precision, device)
         compiled = device.type == "cuda" if self.args.compile is None else self.args.compile
+        self.device = device
+        self.decoder = Decoder(self.gpt.to(device), batch, dtype, compiled)
+        self.tokenizer.to(device, memory_format=torch.channels_last)
         self._decode = torch.compile(self.tokenizer.decode_code) if compiled else self.tokenizer.decode_code
+        # On a CPU large batches only take memory: 300 MB an image of 256 px.
+        self.decode_batch = 32 if device.type == "cuda" else 4
         return self
 
+    def scales(self, cfg_scale: float) -> list[float]:
+        """The guidance of each code."""
+        args = self.args
+        return guidance_scales(self.codes, cfg_scale, args.cfg_schedule, args.cfg_power or POWER, args.cfg_interval)
+
+    @contextmanager
+    def progress(
+        self, images: int, processes: int = 1, **options: Any
+    ) -> Iterator[Callable[[int, torch.Tensor], None]]:
+        """A bar of so many images, and what to give to images(): it counts codes, so that the bar moves within a batch.
+
+        processes: how many draw at the same pace as this one.
+        """
+        with progress(total=images * self.codes, unit=" images", unit_scale=1 / self.codes, **options) as bar:
+            yield lambda t, logits_BV: bar.update(min(len(logits_BV) * processes, bar.total - bar.n))
+
     @torch.inference_mode()
-    def images(self, labels: np.ndarray, indices: np.ndarray, seed: int, decode_batch: int = 64) -> np.ndarray:
+    def images(
+        self,
+        labels: np.ndarray,
+        indices: np.ndarray,
+        seed: int,
+        cfg_scale: float,
+        on_step: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> np.ndarray:
         """uint8 (B, H, W, 3). Image i of a seed draws from its own stream: the batch it is in does not matter."""
-        args, config = self.args, self.gpt.config
-        uniforms = streams.uniform(seed, streams.SAMPLE, np.asarray(indices)[:, None], np.arange(config.block_size))
-        codes_BL = generate(
-            self.gpt,
-            torch.from_numpy(np.asarray(labels, np.int64)).to(self.device),
+        args = self.args
+        uniforms = streams.uniform(seed, streams.SAMPLE, np.asarray(indices)[:, None], np.arange(self.codes))
+        codes_BL = self.decoder(
+            torch.from_numpy(np.asarray(labels, np.int64)),
             torch.from_numpy(uniforms).to(self.device),
-            cfg_scale=args.cfg_scale,
-            cfg_interval=args.cfg_interval,
+            self.scales(cfg_scale),
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
-            autocast=self.amp,
-        )
-        codes_BL = codes_BL.clamp(max=self.tokenizer.config.codebook_size - 1)
-        parts = [to_uint8(resize(self._decode(part), self.output_size)).cpu() for part in codes_BL.split(decode_batch)]
-        return torch.cat(parts).numpy()
+            on_step=on_step,
+        ).clamp(max=self.tokenizer.config.codebook_size - 1)
+        return torch.cat([self.pixels(part) for part in codes_BL.split(self.decode_batch)]).numpy()
+
+    def pixels(self, codes_BL: torch.Tensor) -> torch.Tensor:
+        """Codes -> uint8 (B, H, W, 3) on the CPU, at the output size."""
+        return to_uint8(resize(self._decode(codes_BL), self.output_size)).cpu()
 
 
 def checkpoint_name(path: Path) -> str:

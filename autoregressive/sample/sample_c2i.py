@@ -10,36 +10,33 @@ import numpy as np
 
 from autoregressive.sample.pipeline import Pipeline, add_flags
 from utils import cli
-from utils.distributed import world
+from utils.distributed import best_device
 from utils.draw import image_grid, save_image
-from utils.log import progress
 
 
 def main() -> None:
     parser = cli.Parser(__doc__.splitlines()[0])
     add_flags(parser)
     add = parser.add_argument
+    add("--cfg-scale", type=cli.at_least_one, default=4.0, help="classifier-free guidance; 1 is off")
     add("--class-ids", type=cli.count, nargs="+", help="default: the first ten classes")
     add("--per-class", type=cli.positive_int, default=8, help="images a row")
     add("--seed", type=cli.count, default=0)
-    add("--batch-size", type=cli.positive_int, default=64)
+    add("--batch-size", type=cli.positive_int, default=16)
     add("--scale", type=cli.positive_int, default=1, help="enlarge each image this many times")
     add("--out", type=Path, default=Path("samples/grid.png"))
     args = parser.parse_args()
 
     pipeline = Pipeline.load(args)
-    classes = pipeline.gpt.config.num_classes
-    ids = args.class_ids or list(range(min(10, classes)))
-    for wrong in [i for i in ids if i >= classes]:
-        raise cli.InputError(f"--class-ids {wrong} is out of range: {args.gpt_ckpt} has classes 0 to {classes - 1}")
-    names = pipeline.names["classes"] or [f"class {i}" for i in range(classes)]
+    ids = args.class_ids or list(range(min(10, pipeline.gpt.config.num_classes)))
+    pipeline.check_classes(ids, "--class-ids")
     labels, indices = np.repeat(ids, args.per_class), np.arange(len(ids) * args.per_class)
-    with world() as here:
-        pipeline.to(here.device)
-        parts = [slice(start, start + args.batch_size) for start in range(0, len(labels), args.batch_size)]
-        bar = progress(parts, desc="drawing", unit=" batches")
-        images = [pipeline.images(labels[part], indices[part], args.seed) for part in bar]
-    save_image(args.out, image_grid(np.concatenate(images), args.per_class, [names[i] for i in ids], args.scale))
+    pipeline.to(best_device(), min(args.batch_size, len(labels)))
+    parts = [slice(start, start + args.batch_size) for start in range(0, len(labels), args.batch_size)]
+    with pipeline.progress(len(labels)) as count:
+        images = [pipeline.images(labels[part], indices[part], args.seed, args.cfg_scale, count) for part in parts]
+    names = [pipeline.names["classes"][i] for i in ids]
+    save_image(args.out, image_grid(np.concatenate(images), args.per_class, names, args.scale))
     print(f"wrote {args.out}")
 
 

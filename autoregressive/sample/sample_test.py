@@ -1,10 +1,18 @@
 """Both samplers: the same images for any batch size and number of processes, a run that was cut off, wrong inputs."""
 
+import io
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from argparse import Namespace
+from contextlib import redirect_stderr
 from dataclasses import asdict
 from pathlib import Path
+from subprocess import CompletedProcess
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,12 +22,13 @@ from PIL import Image
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import PRESETS, Transformer, preset
 from autoregressive.models.load import load_gpt
+from autoregressive.sample import sample_c2i_ddp
 from tokenizer.tokenizer_image import vq_model
 from tokenizer.tokenizer_image.load import load_tokenizer
-from utils import checkpoint, streams
+from utils import checkpoint, cli, streams
 from utils.pixels import to_uint8
 from utils.samples import Samples
-from utils.testing import assert_refused, fill_by_formula, run_script
+from utils.testing import ROOT, assert_refused, fill_by_formula, run_script
 
 MANY = "autoregressive/sample/sample_c2i_ddp.py"
 GRID = "autoregressive/sample/sample_c2i.py"
@@ -40,11 +49,27 @@ def models(tmp_path_factory) -> dict[str, Path]:
     return {"vq": root / "vq.pt", "gpt": root / "gpt.pt"}
 
 
-def sample(models, folder, *flags, images=11, **options):
-    return run_script(
-        MANY, "--vq-ckpt", models["vq"], "--gpt-ckpt", models["gpt"], "--num-fid-samples", images,
-        "--per-proc-batch-size", 4, "--cfg-scale", 2.0, "--sample-dir", folder, *flags, **options,
+def command(models, folder, *flags, images=11) -> list[str]:
+    flags = (
+        "--vq-ckpt", models["vq"], "--gpt-ckpt", models["gpt"], "--num-fid-samples", images,
+        "--per-proc-batch-size", 4, "--cfg-scale", 2.0, "--sample-dir", folder, *flags,
     )  # fmt: skip
+    return [str(flag) for flag in flags]
+
+
+def sample(models, folder, *flags, images=11, **options):
+    return run_script(MANY, *command(models, folder, *flags, images=images), **options)
+
+
+@pytest.fixture
+def here(monkeypatch, models, tmp_path):
+    """Samples into tmp_path within this process, which saves the start of another."""
+
+    def run(*flags, images=11) -> None:
+        monkeypatch.setattr(sys, "argv", [MANY, *command(models, tmp_path, *flags, images=images)])
+        sample_c2i_ddp.main()
+
+    return run
 
 
 NAME = "GPT-XXS-gpt-size-16-size-16-VQ-4-small-topk-0-topp-1.0-temperature-1.0-cfg-2.0-seed-0.npz"
@@ -86,35 +111,94 @@ def test_any_batch_size_and_number_of_processes_draws_the_same(models, drawn, tm
 
 
 def test_a_run_that_was_cut_off_draws_only_what_is_missing(models, drawn, tmp_path):
-    """Its batches lie beside the .npz; the finished ones are taken as they are (here: marked by a pixel)."""
+    """Its images lie beside the .npz; they are taken as they are (here: marked by a pixel), whatever the batch size now."""
     record = json.loads(drawn.with_suffix(".json").read_text())
     parts = tmp_path / NAME.replace(".npz", ".parts")
     parts.mkdir()
-    (parts / "settings.json").write_text(json.dumps({**record, "batch": 4}))
-    first = arrays(drawn)[0][:4].copy()
-    first[0, 0, 0] = (1, 2, 3)
-    np.save(parts / "00000000.npy", first)
-    result = sample(models, tmp_path)
+    (parts / "settings.json").write_text(json.dumps(record))
+    marked = arrays(drawn)[0].copy()
+    marked[[0, 5], 0, 0] = (1, 2, 3)
+    np.save(parts / "00000000-00000002.npy", marked[:2])
+    np.save(parts / "00000005-00000008.npy", marked[5:8])
+    result = sample(models, tmp_path, processes=2)
     assert result.returncode == 0, result.stderr
-    images = arrays(tmp_path / NAME)[0]
-    assert np.array_equal(images[:4], first)
-    assert np.array_equal(images[4:], arrays(drawn)[0][4:])
+    assert np.array_equal(arrays(tmp_path / NAME)[0], marked)
     assert not parts.exists()
 
 
-def test_finished_work_is_not_redone_and_other_settings_are_refused(models, drawn, tmp_path):
+def test_a_killed_run_goes_on_to_the_same_file(models, drawn, tmp_path):
+    """kill -9 once some images are there; then the same command, with another batch size."""
+    parts = tmp_path / NAME.replace(".npz", ".parts")
+    run = subprocess.Popen(
+        [sys.executable, MANY, *command(models, tmp_path, "--per-proc-batch-size", 1)],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )
+    while len(list(parts.glob("0*.npy"))) < 2 and run.poll() is None:
+        time.sleep(0.005)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    there = {path: path.stat().st_mtime_ns for path in parts.glob("0*.npy")}
+    assert there
+    result = sample(models, tmp_path)
+    assert result.returncode == 0, result.stderr
+    for one, other in zip(arrays(drawn), arrays(tmp_path / NAME), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_finished_work_is_not_redone_and_other_settings_are_refused(models, drawn, here, tmp_path, capsys):
     for path in drawn.parent.iterdir():
         shutil.copy(path, tmp_path)
-    assert "is complete already" in sample(models, tmp_path).stdout
-    assert_refused(sample(models, tmp_path, "--labels", "balanced"), "other settings", "labels")
-    assert_refused(sample(models, tmp_path, "--weights", "model"), "other settings", "weights")
+    here()
+    assert "is complete already" in capsys.readouterr().out
+    with pytest.raises(cli.InputError, match=r"other settings \(labels differ"):
+        here("--labels", "balanced")
+    with pytest.raises(cli.InputError, match=r"other settings \(num_fid_samples differ"):
+        here(images=12)
+    (tmp_path / NAME.replace(".npz", ".json")).unlink()
+    with pytest.raises(cli.InputError, match=r"without its \.json.*move or delete it"):
+        here()
+
+
+def test_a_sweep_writes_a_file_a_scale(drawn, here, tmp_path, capsys):
+    here("--cfg-scale", "1.0", "2.0", "3.5", "--save-png")
+    files = {scale: tmp_path / NAME.replace("cfg-2.0", f"cfg-{scale}") for scale in ("1.0", "2.0", "3.5")}
+    images = {scale: arrays(path)[0] for scale, path in files.items()}
+    assert np.array_equal(images["2.0"], arrays(drawn)[0])
+    assert not np.array_equal(images["1.0"], images["2.0"]) and not np.array_equal(images["3.5"], images["2.0"])
+    for scale, path in files.items():
+        pngs = sorted(path.with_suffix("").iterdir())
+        assert [png.name for png in pngs] == [f"{i:06d}.png" for i in range(11)]
+        assert np.array_equal(np.stack([np.array(Image.open(png)) for png in pngs]), images[scale])
+    here("--cfg-scale", "1.0", "2.0")
+    assert capsys.readouterr().out.count("is complete already") == 2
+
+
+def test_schedules_have_names_and_effects(drawn, here, tmp_path):
+    flags = {
+        "cfg-2.0-linear": ("--cfg-schedule", "linear"),
+        "cfg-2.0-power-cosine-3.0": ("--cfg-schedule", "power-cosine", "--cfg-power", "3"),
+        "cfg-2.0-interval-4-12": ("--cfg-interval", "4", "12"),
+        "cfg-2.0-interval-3": ("--cfg-interval", "3"),
+    }
+    found = [arrays(drawn)[0]]
+    for name, these in flags.items():
+        here(*these)
+        found.append(arrays(tmp_path / NAME.replace("cfg-2.0", name))[0])
+    assert len({images.tobytes() for images in found}) == len(found)
+
+
+def test_chosen_labels_are_taken_in_turn(here, tmp_path):
+    here("--labels", "2", "0", images=5)
+    assert arrays(tmp_path / NAME)[1].tolist() == [2, 0, 2, 0, 2]
 
 
 def test_balanced_labels_raw_weights_and_another_size(models, drawn, tmp_path):
     flags = ("--labels", "balanced", "--weights", "model", "--image-size-eval", "24", "--global-seed", "3")
     result = sample(models, tmp_path, *flags, images=4)
     assert result.returncode == 0, result.stderr
-    samples = Samples(tmp_path / NAME.replace("16-size-16", "16-size-24").replace("seed-0", "seed-3"))
+    name = NAME.replace("16-size-16", "16-size-24").replace("seed-0", "seed-3").replace("gpt-size", "gpt-raw-size")
+    samples = Samples(tmp_path / name)
     assert samples.shape == (4, 24, 24, 3)
     assert samples.labels.tolist() == [0, 1, 2, 0]
 
@@ -124,8 +208,8 @@ def test_a_grid_of_chosen_classes(models, tmp_path):
     result = run_script(GRID, *flags, "--class-ids", "2", "0", "--per-class", "3", "--scale", "2")
     assert result.returncode == 0, result.stderr
     with Image.open(tmp_path / "grid.png") as page:
-        assert page.height == 2 * (2 * 16 + 2) + 2
-        assert page.width > 3 * (2 * 16 + 2) + 2
+        assert page.height > 2 * (2 * 16 + 2 + 10)  # a line of words under each row
+        assert page.width == 3 * (2 * 16 + 2) + 2
     assert_refused(run_script(GRID, *flags, "--class-ids", "1", "3"), "--class-ids 3 is out of range", "classes 0 to 2")
 
 
@@ -151,7 +235,15 @@ def test_published_files_by_the_published_command(tmp_path):
 
 class TestWrongInputs:
     def refused(self, models, tmp_path, flags, *parts):
-        assert_refused(sample(models, tmp_path / "out", *flags), *parts)
+        """In this process, as the entry point does it."""
+        error = io.StringIO()
+        with (
+            patch.object(sys, "argv", [MANY, *command(models, tmp_path / "out", *flags)]),
+            redirect_stderr(error),
+            pytest.raises(SystemExit) as stopped,
+        ):
+            cli.run(sample_c2i_ddp.main)
+        assert_refused(CompletedProcess(MANY, stopped.value.code, "", error.getvalue()), *parts)
         assert not (tmp_path / "out").exists()
 
     def test_a_checkpoint_of_another_preset(self, models, tmp_path):
@@ -177,6 +269,20 @@ class TestWrongInputs:
         del content["ema"]
         checkpoint.save(tmp_path / "raw.pt", content)
         self.refused(models, tmp_path, ("--gpt-ckpt", tmp_path / "raw.pt", "--weights", "ema"), "no EMA weights")
+
+    def test_guidance(self, models, tmp_path):
+        self.refused(models, tmp_path, ("--cfg-scale", "0.5"), "--cfg-scale", "at least 1 (1 is off)", "0.5")
+        self.refused(models, tmp_path, ("--cfg-interval", "4", "17"), "--cfg-interval 4 17", "STOP <= 16")
+        self.refused(models, tmp_path, ("--cfg-interval", "16"), "--cfg-interval 16", "from -1 to 15")
+        self.refused(models, tmp_path, ("--cfg-power", "2"), "--cfg-power 2.0", "power-cosine", "not constant")
+
+    def test_labels(self, models, tmp_path):
+        self.refused(models, tmp_path, ("--labels", "1", "3"), "--labels 3 is out of range", "classes 0 to 2")
+        self.refused(models, tmp_path, ("--labels", "balanced", "1"), "balanced 1", "only classes")
+
+    def test_a_folder_that_cannot_be_written(self, models, tmp_path):
+        (tmp_path / "file").write_text("")
+        self.refused(models, tmp_path, ("--sample-dir", tmp_path / "file" / "x"), "file", "--sample-dir")
 
     def test_flags(self, models, tmp_path):
         self.refused(models, tmp_path, ("--top-p", "0"), "--top-p", "(0, 1]")

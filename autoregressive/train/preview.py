@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from autoregressive.models.generate import generate
+from autoregressive.models.generate import Decoder, guidance_scales
 from utils import draw, streams
-from utils.distributed import autocast
 from utils.log import RunLog
 from utils.pixels import to_uint8
+
+BATCH = 16  # images decoded at once: little memory beside what training takes
 
 
 @dataclass
@@ -47,13 +48,11 @@ class Preview:
         labels = np.repeat(classes, self.per_class)
         images = np.arange(len(labels))
         uniforms = streams.uniform(self.seed, streams.SAMPLE, images[:, None], np.arange(model.config.block_size))
-        codes = generate(
-            model,
-            torch.from_numpy(labels).to(self.device),
-            torch.from_numpy(uniforms).to(self.device),
-            cfg_scale=self.cfg_scale,
-            autocast=lambda: autocast(self.device, self.dtype),
-        ).clamp(max=self.tokenizer.config.codebook_size - 1)
+        decoder = Decoder(model, BATCH, self.dtype)
+        scales = guidance_scales(model.config.block_size, self.cfg_scale)
+        parts = zip(torch.from_numpy(labels).split(BATCH), torch.from_numpy(uniforms).split(BATCH), strict=True)
+        codes = torch.cat([decoder(part, numbers.to(self.device), scales) for part, numbers in parts])
+        codes = codes.clamp(max=self.tokenizer.config.codebook_size - 1)
         pixels = torch.cat([to_uint8(self.tokenizer.decode_code(part)).cpu() for part in codes.split(16)]).numpy()
         names = [self.names[c] if c < len(self.names) else str(c) for c in classes]
         scale = max(1, 64 // pixels.shape[1])
