@@ -34,6 +34,16 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, side: int | None = Non
     return 2 * side**3 / min(durations(lambda: a @ b, repeats, device))
 
 
+def copy_rate(device: torch.device, size: int | None = None, repeats: int = 10) -> float:
+    """Measured bytes/s, read and written, of copying `size` bytes: the best of `repeats`.
+
+    size: by default 256 MB on a CPU, well beyond its caches, and 1 GB on a GPU.
+    """
+    size = size or (1 << 28 if device.type == "cpu" else 1 << 30)
+    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * size / min(durations(lambda: target.copy_(source), repeats, device))
+
+
 def keep_freed_memory() -> None:
     """Let this process keep what it frees for its next allocations, where the C library is glibc; otherwise do nothing.
 

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from utils.machine import matmul_rate
+from utils.machine import copy_rate, matmul_rate
 from utils.testing import ROOT
 
 CPU = torch.device("cpu")
@@ -13,6 +13,10 @@ CPU = torch.device("cpu")
 
 def test_the_matmul_rate_is_that_of_a_product():
     assert 1e8 < matmul_rate(CPU, torch.float32, side=256, repeats=3) < 1e14
+
+
+def test_the_copy_rate_counts_both_ways():
+    assert 1e8 < copy_rate(CPU, size=1 << 22, repeats=3) < 1e13
 
 
 def test_peak_memory_sees_what_was_freed_until_it_is_reset():

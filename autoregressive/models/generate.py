@@ -115,25 +115,49 @@ class Position(NamedTuple):
 
     index: Tensor | None  # (1,), a tensor so that one graph serves all positions; None for the positions 0 to L - 1
     read: int  # how far caches are read
-    mask: Tensor | None = None  # (read,), -inf at what is not there yet
+    mask: Tensor | None = None  # (read,), -inf at what is not there yet; without it, all that is read is there
+    bags: tuple[Tensor, Tensor] | None = None  # see mix
+
+
+def mix(weights_RGQn: Tensor, values_RGLC: Tensor, bags: tuple[Tensor, Tensor]) -> Tensor:
+    """weights @ values[:, :, :n], as EmbeddingBag sums weighted rows: at twice the rate of a batched product on CPUs.
+
+    bags: the rows (R G Q n,) of the values, and where each of the R G Q sums starts.
+    """
+    table = values_RGLC.view(-1, values_RGLC.shape[-1])
+    sums = F.embedding_bag(bags[0], table, bags[1], mode="sum", per_sample_weights=weights_RGQn.flatten())
+    return sums.view(*weights_RGQn.shape[:-1], -1)
+
+
+def make_bags(
+    rows: int, heads: int, kv_heads: int, length: int, read: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The bags of mix for caches (rows, kv_heads, length, C) that are read up to `read`."""
+    starts = torch.arange(0, rows * kv_heads * length, length, device=device)
+    indices = starts.repeat_interleave(heads // kv_heads)[:, None] + torch.arange(read, device=device)
+    return indices.flatten(), torch.arange(0, indices.numel(), read, device=device)
 
 
 def attend(
-    keys_RGnC: Tensor, values_RGnC: Tensor, at: Position, q_RHLC: Tensor, k_RGLC: Tensor, v_RGLC: Tensor
+    keys_RGLC: Tensor, values_RGLC: Tensor, at: Position, q_RHNC: Tensor, k_RGNC: Tensor, v_RGNC: Tensor
 ) -> Tensor:
-    """Store keys and values of one layer in its caches, and attend to all up to there. Returns (R, H, L, C)."""
-    R, H, L, C = q_RHLC.shape
+    """Store keys and values of N positions of one layer in its caches; attend to all up to there. Returns (R, H, N, C)."""
+    R, H, N, C = q_RHNC.shape
     if at.index is None:
-        keys_RGnC[:, :, :L], values_RGnC[:, :, :L] = k_RGLC, v_RGLC
-        return F.scaled_dot_product_attention(q_RHLC, k_RGLC, v_RGLC, is_causal=True, enable_gqa=k_RGLC.shape[1] != H)
-    keys_RGnC.index_copy_(2, at.index, k_RGLC)
-    values_RGnC.index_copy_(2, at.index, v_RGLC)
-    q_RGQC = (q_RHLC * C**-0.5).view(R, k_RGLC.shape[1], -1, C)
-    scores_RGQn = (q_RGQC @ keys_RGnC[:, :, : at.read].transpose(2, 3)).float()
-    if at.mask is not None:
-        scores_RGQn = scores_RGQn + at.mask
-    weights_RGQn = scores_RGQn.softmax(-1).type_as(values_RGnC)
-    return (weights_RGQn @ values_RGnC[:, :, : at.read]).view(R, H, 1, C)
+        keys_RGLC[:, :, :N], values_RGLC[:, :, :N] = k_RGNC, v_RGNC
+        return F.scaled_dot_product_attention(q_RHNC, k_RGNC, v_RGNC, is_causal=True, enable_gqa=k_RGNC.shape[1] != H)
+    keys_RGnC, values_RGnC = keys_RGLC[:, :, : at.read], values_RGLC[:, :, : at.read]
+    q_RGQC = (q_RHNC * C**-0.5).view(R, k_RGNC.shape[1], -1, C)
+    if at.mask is None:
+        keys_RGnC[:, :, -1], values_RGnC[:, :, -1] = k_RGNC[:, :, 0], v_RGNC[:, :, 0]
+        scores_RGQn = (keys_RGnC @ q_RGQC.transpose(2, 3)).transpose(2, 3).float()  # in this order faster on CPUs
+    else:
+        keys_RGLC.index_copy_(2, at.index, k_RGNC)
+        values_RGLC.index_copy_(2, at.index, v_RGNC)
+        scores_RGQn = (q_RGQC @ keys_RGnC.transpose(2, 3)).float() + at.mask
+    weights_RGQn = scores_RGQn.softmax(-1).type_as(q_RHNC)
+    mixed = mix(weights_RGQn, values_RGLC, at.bags) if at.bags else weights_RGQn @ values_RGnC
+    return mixed.view(R, H, 1, C)
 
 
 class Draw(NamedTuple):
@@ -168,7 +192,9 @@ class Decoder:
         shape = (2 * B, c.kv_heads, c.block_size, c.head_dim)
         new = partial(torch.zeros, shape, dtype=dtype, device=device)  # zeros: what a mask hides must be finite
         self.caches = [(new(), new()) for _ in range(c.n_layer)]
-        self.rope = self.model.rope_table(c.block_size)
+        self.bagged = device.type == "cpu" and dtype == torch.float32
+        rope = self.model.rope_table(c.block_size)
+        self.rope = rope if compiled or device.type != "cpu" else torch.view_as_complex(rope)
         self.bucket = max(MIN_BUCKET, -(-c.block_size // 4))
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
         self.positions = torch.arange(c.block_size, device=device)
@@ -189,8 +215,11 @@ class Decoder:
         """Draw the code at self.index for all images; returns the (guided) logits (B, V)."""
         rows = len(caches[0][0])
         mask = torch.where(self.positions[:read] <= self.index, 0.0, -torch.inf) if masked else None
-        rope = self.rope.index_select(0, self.index)
-        h_RD = self._hidden(self.h_RD[:rows, None], rope, Position(self.index, read, mask), caches)[:, 0]
+        bags = None
+        if self.bagged and not masked:
+            bags = make_bags(rows, self.config.n_head, self.config.kv_heads, self.config.block_size, read, self.device)
+        at, rope = Position(self.index, read, mask, bags), self.rope.index_select(0, self.index)
+        h_RD = self._hidden(self.h_RD[:rows, None], rope, at, caches)[:, 0]
         if rows > self.batch:  # the head is linear: guiding what it reads guides its logits, at half the products
             conditional, unconditional = h_RD.float().chunk(2)
             scale = self.scales.index_select(0, self.index)

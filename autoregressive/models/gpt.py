@@ -95,7 +95,13 @@ def rope_grid(side: int, head_dim: int, base: float) -> Tensor:
 
 
 def apply_rope(x_BLHC: Tensor, rope_LC2: Tensor) -> Tensor:
-    """Rotate each pair of neighbouring channels by its position's angle; computed in float32."""
+    """Rotate each pair of neighbouring channels by its position's angle; computed in float32.
+
+    A table of complex numbers, torch.view_as_complex(rope_LC2), does the same in one operation: for decoding on CPUs.
+    """
+    if rope_LC2.is_complex():
+        pairs = torch.view_as_complex(x_BLHC.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * rope_LC2[:, None]).flatten(-2).type_as(x_BLHC)
     even, odd = x_BLHC.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rope_LC2[:, None].unbind(-1)
     turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
