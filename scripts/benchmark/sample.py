@@ -199,7 +199,7 @@ def main() -> None:
         row = measure(args, model, batch, device, dtype)
         rows.append(row)
         report(row, args.loops)
-    side = 4 if device.type == "cpu" else 32
+    side = 1 if device.type == "cpu" else 32
     tokenizer = measure_tokenizer(args.vq_model, args.image_tokens, side, device)
     print(f"tokenizer {args.vq_model}: {tokenizer:.3f} s an image in batches of {side}")
     finish({**machine, "benchmark": "sample", **vars(args), "rows": rows, "tokenizer_seconds": tokenizer})
