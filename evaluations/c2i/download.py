@@ -4,23 +4,17 @@
 file that passed is kept beside it, so that damage shows later.
 """
 
-import fcntl
 import http.client
 import os
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from evaluations.c2i.inception import read_inception
 from utils.cli import InputError
+from utils.fetch import alone, fetch
 from utils.files import atomic_path, sha256
-from utils.log import progress
 
 URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/classify_image_graph_def.pb"
 NAME = "classify_image_graph_def.pb"
-ATTEMPTS, TIMEOUT, CHUNK = 5, 30, 1 << 20
 ELSEWHERE = f"get {NAME} on a machine that is online ({URL}) and give --inception PATH"
 
 
@@ -39,7 +33,7 @@ def inception_path(given: Path | None = None, url: str = URL) -> Path:
     path = cache_folder() / NAME
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(path.with_name(f".{NAME}.lock")):
+        with alone(path.with_name(f".{NAME}.lock")):
             if not path.is_file():
                 _download(url, path)
     except OSError as error:
@@ -62,27 +56,14 @@ def _noted(path: Path) -> str:
     return _note(path).read_text().split(maxsplit=1)[0]
 
 
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """One process at a time."""
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _download(url: str, path: Path) -> None:
     """Fetch, check, note the hash, and only then give the file its name. What a broken connection left is continued."""
-    part, before = path.with_name(f"{path.name}.part"), -1
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            _fetch(url, part)
-            break
-        except (OSError, http.client.HTTPException) as error:
-            size = part.stat().st_size if part.is_file() else 0
-            if attempt == ATTEMPTS or size <= before:  # no further than the last time
-                reason = f"{type(error).__name__}: {error}"
-                raise InputError(f"{NAME} could not be downloaded ({reason}): try again, or {ELSEWHERE}") from None
-            before = size
+    part = path.with_name(f"{path.name}.part")
+    try:
+        fetch(url, part, NAME)
+    except (OSError, http.client.HTTPException) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{NAME} could not be downloaded ({reason}): try again, or {ELSEWHERE}") from None
     try:
         read_inception(part)
     except InputError as error:
@@ -90,31 +71,4 @@ def _download(url: str, path: Path) -> None:
         raise InputError(f"what {url} sent is not the graph ({error}): {ELSEWHERE}") from None
     with atomic_path(_note(path)) as temporary:
         temporary.write_text(f"{sha256(part)}  {path.name}\n")
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
     part.replace(path)
-
-
-def _fetch(url: str, part: Path) -> None:
-    """Append what is missing of a file. Raises OSError or HTTPException where the connection fails or ends early."""
-    start = part.stat().st_size if part.is_file() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and start:  # nothing is missing
-            return
-        raise
-    with response:
-        if response.status != 206:  # the server sends it from the start
-            start = 0
-        rest = response.headers.get("Content-Length")
-        total = start + int(rest) if rest else None
-        with open(part, "r+b" if start else "wb") as file:
-            file.seek(start)
-            with progress(total=total, initial=start, desc=f"downloading {NAME}", unit="B", unit_scale=True) as bar:
-                while chunk := response.read(CHUNK):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-            if total is not None and file.tell() != total:
-                raise ConnectionError(f"it ended after {file.tell()} of {total} bytes")
