@@ -2,12 +2,14 @@
 
 import argparse
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from utils import checkpoint
+from utils import weights as safetensors
 from utils.cli import InputError
 
 
@@ -78,6 +80,24 @@ class TestForms:
         state = {"encoder.module.weight": torch.zeros(1), "module_list.weight": torch.zeros(1)}
         assert same(checkpoint.state_dict({"model": state}), state)
 
+    def test_what_fsdp_and_compiled_blocks_put_inside_names_is_taken_out(self):
+        wrapped = {
+            "_fsdp_wrapped_module.fc._checkpoint_wrapped_module.weight": weights()["fc.weight"],
+            "_fsdp_wrapped_module.fc._orig_mod.bias": weights()["fc.bias"],
+        }
+        assert same(checkpoint.state_dict({"model": wrapped}), weights())
+
+    def test_auto_is_ema_where_there_is_one(self):
+        moved = {name: tensor + 1 for name, tensor in weights().items()}
+        assert same(checkpoint.state_dict({"model": weights(), "ema": moved}, "auto"), moved)
+        assert same(checkpoint.state_dict({"model": weights()}, "auto"), weights())
+        assert same(checkpoint.state_dict(weights(), "auto"), weights())
+
+    def test_plain_data_is_told_from_weights_and_training_state(self):
+        content = {"model": weights(), "ema": weights(), "optimizer": {}, "scaler": {}, "recent": torch.zeros(2)}
+        assert checkpoint.about({**content, "steps": 3, "config": {"dim": 4}}) == {"steps": 3, "config": {"dim": 4}}
+        assert checkpoint.about(weights()) == {}
+
     def test_ema_is_taken_where_it_is_asked_for(self):
         moved = {name: tensor + 1 for name, tensor in weights().items()}
         content = {"model": weights(), "ema": {"module." + name: tensor for name, tensor in moved.items()}}
@@ -95,7 +115,9 @@ class TestForms:
 
 class TestRefusals:
     def test_missing(self, tmp_path):
-        with pytest.raises(InputError, match=r"there is no checkpoint .*a\.pt; give the path of a \.pt file"):
+        with pytest.raises(
+            InputError, match=r"there is no checkpoint .*a\.pt; give the path of a \.pt or \.safetensors file"
+        ):
             checkpoint.load(tmp_path / "a.pt")
         with pytest.raises(InputError, match="there is no checkpoint"):
             checkpoint.load(tmp_path)
@@ -137,6 +159,78 @@ class TestRefusals:
             checkpoint.load(path)
         assert not target.exists()
         assert "weights_only" not in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+class TestMapped:
+    def test_values_are_the_same_and_stay_in_the_file(self, tmp_path):
+        """In the newer form of .pt files; the older one is read as ever."""
+        big = {"weight": torch.arange(1 << 20)}
+        for zipped in (True, False):
+            torch.save({"model": big}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+            found = checkpoint.load(tmp_path / "a.pt", mmap=True)["model"]
+            assert same(found, big)
+            mapped = str(tmp_path / "a.pt") in Path("/proc/self/maps").read_text()
+            assert mapped == zipped
+            del found
+
+    def test_changing_mapped_weights_leaves_the_file_alone(self, tmp_path):
+        checkpoint.save(tmp_path / "a.pt", {"model": weights()})
+        found = checkpoint.load(tmp_path / "a.pt", mmap=True)["model"]
+        found["fc.weight"].add_(1)
+        assert same(checkpoint.load(tmp_path / "a.pt")["model"], weights())
+
+
+class TestSafetensors:
+    def test_a_file_and_a_folder_are_read_as_checkpoints(self, tmp_path):
+        about = {"config": {"dim": 3}, "gpt_model": "GPT-B", "steps": 7, "classes": ["a", "b"]}
+        safetensors.write_file(tmp_path / "a.safetensors", weights(), about)
+        safetensors.write_folder(tmp_path / "folder", weights(), about, "# card")
+        for source in (tmp_path / "a.safetensors", tmp_path / "folder"):
+            found = checkpoint.load(source)
+            assert same(checkpoint.state_dict(found), weights()) and checkpoint.about(found) == about
+
+    def test_a_truncated_one_is_refused(self, tmp_path):
+        safetensors.write_file(tmp_path / "a.safetensors", weights(), {})
+        whole = (tmp_path / "a.safetensors").read_bytes()
+        for size in range(0, len(whole), 7):
+            (tmp_path / "a.safetensors").write_bytes(whole[:size])
+            with pytest.raises(InputError, match=r"is missing, truncated or no safetensors file: copy or download"):
+                checkpoint.load(tmp_path / "a.safetensors")
+
+
+class TestDescribe:
+    def test_source_size_dtype_kind_and_steps(self):
+        content = {"model": weights(), "ema": weights(), "steps": 12}
+        line = checkpoint.describe("a.pt", content, "auto", weights())
+        assert line == "a.pt: 0.0M parameters, float32, EMA weights, 12 steps"
+        half = {name: tensor.half() for name, tensor in weights().items()} | {"codebook_used": torch.zeros(1000000)}
+        assert checkpoint.describe("a.pt", half, "auto", half) == "a.pt: 0.0M parameters, float16, raw weights"
+        both = {**half, "fc.bias": weights()["fc.bias"]}
+        assert "float16/float32" in checkpoint.describe("a.pt", both, "auto", both)
+
+
+class TestAdopt:
+    def test_the_model_has_the_files_own_tensors(self):
+        state = weights()
+        with torch.device("meta"):
+            model = nn.ModuleDict({"fc": nn.Linear(3, 2)})
+        checkpoint.adopt_weights(model, state)
+        assert model["fc"].weight.data_ptr() == state["fc.weight"].data_ptr()
+        assert model["fc"].weight.requires_grad
+
+    def test_one_dtype(self):
+        for given, asked, expected in (
+            ("bias", None, "float32"),
+            ("both", None, "bfloat16"),
+            ("both", "float32", "float32"),
+        ):
+            with torch.device("meta"):
+                model = nn.Linear(3, 2)
+            state = {"weight": torch.ones(2, 3, dtype=torch.bfloat16), "bias": torch.ones(2)}
+            if given == "both":
+                state["bias"] = state["bias"].bfloat16()
+            checkpoint.adopt_weights(model, state, getattr(torch, asked) if asked else None)
+            assert {str(p.dtype) for p in model.parameters()} == {f"torch.{expected}"}
 
 
 class TestFit:

@@ -22,6 +22,12 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
+def note(message: str) -> None:
+    """Say something on stderr: one line, from the first of all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with defaults shown in --help and one line for a wrong argument."""
 

@@ -34,8 +34,12 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def sha256(path: str | Path) -> str:
-    """Hex digest of a file's bytes."""
-    digest = hashlib.sha256()
+    """Hex digest of a file's bytes; of a folder, that of its files' names and digests, in order."""
+    path, digest = Path(path), hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(file for file in path.rglob("*") if file.is_file()):
+            digest.update(f"{file.relative_to(path).as_posix()} {sha256(file)}\n".encode())
+        return digest.hexdigest()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)

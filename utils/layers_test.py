@@ -30,14 +30,14 @@ class Room(NamedTuple):
     entry: bool | None = False
 
 
-L1 = "patches gpt generate load schedule plan optim tokenizer dataset evaluations utils"
+L1 = "patches gpt generate load schedule plan optim tokenizer dataset evaluations weights utils"
 
 # The first row that matches a file is its room.
 ROOMS = {
     "testing": Room("utils/testing.py conftest.py", "utils"),
     "toy": Room("dataset/codes/toy.py autoregressive/train/toy.py", "dataset toy"),
-    "utils tests": Room("utils/*_test.py", "utils testing launcher"),
-    "tests": Room("*_test.py", f"{L1} helpers stages scripts testing toy launcher"),
+    "utils tests": Room("utils/*_test.py", "utils testing launcher export"),
+    "tests": Room("*_test.py", f"{L1} helpers stages scripts testing toy launcher export"),
     # L3
     "scripts": Room("scripts/*.py", f"{L1} helpers stages scripts toy", entry=None),
     # L2: stages meet only in files
@@ -45,7 +45,7 @@ ROOMS = {
         "autoregressive/train/extract_codes_c2i.py autoregressive/train/train_c2i.py autoregressive/sample/sample_c2i*.py "
         "tokenizer/tokenizer_image/vq_train.py tokenizer/tokenizer_image/reconstruction_vq_ddp.py "
         "dataset/fashion_mnist.py dataset/codes/__main__.py evaluations/c2i/evaluator.py evaluations/c2i/reference.py "
-        "evaluations/c2i/train_classifier.py",
+        "evaluations/c2i/train_classifier.py pretrained_models/download.py",
         f"{L1} helpers",
         entry=True,
     ),
@@ -65,7 +65,9 @@ ROOMS = {
     "tokenizer": Room("tokenizer/tokenizer_image/*.py", "tokenizer utils"),
     "dataset": Room("dataset/*.py", "dataset utils"),
     "evaluations": Room("evaluations/c2i/*.py", "evaluations utils"),
+    "weights": Room("pretrained_models/*.py", "weights utils"),
     # L0
+    "export": Room("utils/export.py", "utils", entry=True),
     "launcher": Room("utils/launch.py", "utils", entry=True),
     "utils": Room("utils/*.py", "utils"),
 }

@@ -205,10 +205,20 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, p) for p in depths)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        grid = rope_grid(grid_side(config.block_size), config.head_dim, config.rope_base)
-        self.register_buffer("rope", grid, persistent=False)
+        self.register_buffer("rope", self._rope(), persistent=False)
         self.apply(self._init)
         nn.init.zeros_(self.output.weight)  # the first loss is ln(vocab_size)
+
+    @classmethod
+    def empty(cls, config: GPTConfig) -> "Transformer":
+        """A model whose weights are on the meta device, to be given a file's; its rotary table, in no file, is real."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.rope = model._rope()
+        return model
+
+    def _rope(self) -> Tensor:
+        return rope_grid(grid_side(self.config.block_size), self.config.head_dim, self.config.rope_base)
 
     @staticmethod
     def _init(module: nn.Module) -> None:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dataset.codes import LAYOUTS, SHARD_SIZE, Manifest, Place, Writer
 from dataset.images import VIEWS, ImageFolder, image_views
+from pretrained_models.catalogue import weights_file
 from tokenizer.tokenizer_image.load import load_tokenizer
 from utils import cli
 from utils.distributed import World, world
@@ -30,7 +31,7 @@ def parse() -> Namespace:
     add("--data-path", type=cli.existing_folder, required=True, help="an ImageFolder: one folder of images a class")
     add("--code-path", type=Path, required=True, help="folder to write to")
     add("--vq-model", help="insist on this tokenizer preset; default: what the file says, VQ-16 if it doesn't")
-    add("--vq-ckpt", type=cli.existing_file, required=True, help="tokenizer weights")
+    add("--vq-ckpt", type=weights_file, required=True, help="tokenizer weights")
     add("--dataset", default="imagenet", help="name of the data set in the folders' names")
     add("--image-size", type=cli.positive_int, default=256)
     add("--ten-crop", action="store_true", help="ten views an image: corners and centre, and their mirror images")

@@ -21,12 +21,14 @@ import torch
 import torch.distributed as dist
 
 from autoregressive.models.gpt import PRESETS, GPTConfig, Transformer, preset
+from autoregressive.models.load import gpt_advice
 from autoregressive.models.patches import grid_side
 from autoregressive.train.plan import Plan
 from autoregressive.train.preview import Preview
 from autoregressive.train.schedule import free_stages, in_steps, patch_stages
 from autoregressive.train.trainer import Data, Settings, Trainer, draw_losses
 from dataset.codes import Codes
+from pretrained_models.catalogue import weights_file
 from tokenizer.tokenizer_image.load import load_tokenizer
 from utils import checkpoint, cli
 from utils.distributed import World, precision_dtype, world, world_size
@@ -66,7 +68,7 @@ def parse() -> Namespace:
     add("--dry-run", action="store_true", help="print and draw the plan (RESULTS_DIR/plan.png), and stop")
 
     add("--gpt-model", choices=PRESETS, default="GPT-B")
-    add("--gpt-ckpt", type=cli.existing_file, help="start from these weights (a new schedule and optimizer)")
+    add("--gpt-ckpt", type=weights_file, help="start from these weights (a new schedule and optimizer)")
     add("--vocab-size", type=cli.positive_int, help="default: the codebook's, from the manifest; 16384 without one")
     add("--num-classes", type=cli.positive_int, help="default: from the manifest; 1000 without one")
     add(
@@ -120,7 +122,7 @@ def parse() -> Namespace:
     add("--tensorboard", action="store_true", help="write events too, for TensorBoard (pip install tensorboard)")
     add("--ckpt-every", type=cli.positive_int, default=5000, help="steps; the end of a level is always kept")
     add("--keep-last", type=cli.count, default=3, help="checkpoints to keep besides the ends of levels; 0: all")
-    add("--vq-ckpt", type=cli.existing_file, help="tokenizer: draw samples while training")
+    add("--vq-ckpt", type=weights_file, help="tokenizer: draw samples while training")
     add("--sample-every", type=cli.positive_int, default=10, help="epochs, with --vq-ckpt; and at the end")
     args = parser.parse_args()
     if args.patch_sizes is None:
@@ -235,10 +237,10 @@ def starting_weights(args: Namespace, config: GPTConfig) -> dict[str, torch.Tens
     """The weights of --gpt-ckpt, checked against the model."""
     if not args.gpt_ckpt:
         return None
-    with torch.device("meta"):
-        empty = Transformer(config)
-    state = checkpoint.state_dict(checkpoint.load(args.gpt_ckpt))
-    checkpoint.check_fit(empty, state, f"{args.gpt_ckpt} (as {args.gpt_model})")
+    content = checkpoint.load(args.gpt_ckpt, mmap=True)
+    state = checkpoint.state_dict(content)
+    checkpoint.check_fit(Transformer.empty(config), state, f"{args.gpt_ckpt} (as {args.gpt_model})", gpt_advice(state))
+    cli.note(f"starting from {checkpoint.describe(args.gpt_ckpt, content, 'model', state)}")
     return state
 
 

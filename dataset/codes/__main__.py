@@ -19,6 +19,7 @@ from dataset.codes.reader import Folder, open_folder
 from dataset.codes.repack import PUBLISHED_CODEBOOK, repack, repacked
 from dataset.codes.survey import survey
 from dataset.codes.writer import Writer
+from pretrained_models.catalogue import weights_file
 from utils import cli
 from utils.files import sha256
 from utils.log import progress
@@ -59,7 +60,7 @@ def parse() -> Namespace:
                 help=f"of codes without a manifest; default: {PUBLISHED_CODEBOOK}, the published tokenizers'",
             )
         if name == "check":
-            add("--vq-ckpt", type=cli.existing_file, help="decode some images by this tokenizer")
+            add("--vq-ckpt", type=weights_file, help="decode some images by this tokenizer")
             add("--vq-model", help="insist on this tokenizer preset")
             add("--out", type=Path, default=Path("codes.png"), help="the picture")
             add("--rows", type=cli.positive_int, default=10, help="classes in the picture")

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dataset.images import ImageFolder
+from pretrained_models.catalogue import weights_file
 from tokenizer.tokenizer_image.load import load_tokenizer
 from tokenizer.tokenizer_image.vq_data import Crops
 from tokenizer.tokenizer_image.vq_model import VQModel
@@ -32,7 +33,7 @@ def parse() -> Namespace:
     add = parser.add_argument
     add("--data-path", type=cli.existing_folder, required=True, help="an ImageFolder: one folder of images a class")
     add("--vq-model", help="insist on this tokenizer preset; default: what the file says, VQ-16 if it doesn't")
-    add("--vq-ckpt", type=cli.existing_file, required=True)
+    add("--vq-ckpt", type=weights_file, required=True)
     add("--image-size", type=cli.positive_int, default=256)
     add("--image-size-eval", type=cli.positive_int, help="resize images and reconstructions to this (bicubic)")
     add("--num-images", type=cli.positive_int, help="evenly spaced over the sorted folder; default: all")

@@ -23,7 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dataset.images import ImageFolder
 from dataset.sampler import Selection, epoch_batches
+from pretrained_models.catalogue import weights_file
 from tokenizer.tokenizer_image.dead_codes import DeadCodes
+from tokenizer.tokenizer_image.load import tokenizer_advice
 from tokenizer.tokenizer_image.vq_data import CachedBatches, ReadBatches, batches_of
 from tokenizer.tokenizer_image.vq_loss import RECONSTRUCTION, vq_loss
 from tokenizer.tokenizer_image.vq_model import PRESETS, VQConfig, VQModel, preset
@@ -91,7 +93,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     add("--num-workers", type=cli.count, default=4, help="processes that read a set too large for RAM")
 
     add("--vq-model", choices=PRESETS, default="VQ-16")
-    add("--vq-ckpt", type=cli.existing_file, help="start from these weights (a new schedule and optimizer)")
+    add("--vq-ckpt", type=weights_file, help="start from these weights (a new schedule and optimizer)")
     add("--codebook-size", type=cli.positive_int, help="default: the preset's")
     add("--codebook-embed-dim", type=cli.positive_int, help="default: the preset's")
     add("--commit-loss-beta", type=cli.non_negative, help="default: the preset's")
@@ -139,13 +141,13 @@ def check(settings: Settings, images: int) -> None:
     if settings.vq_ckpt:
         with torch.device("meta"):
             empty = VQModel(config)
-        checkpoint.check_fit(empty, start_weights(settings), f"{settings.vq_ckpt} (as {settings.vq_model})")
+        state = start_weights(settings)
+        checkpoint.check_fit(empty, state, f"{settings.vq_ckpt} (as {settings.vq_model})", tokenizer_advice(state))
 
 
 def start_weights(settings: Settings) -> dict[str, Tensor]:
     """The weights of --vq-ckpt: their moving average where the file has one."""
-    content = checkpoint.load(settings.vq_ckpt)
-    return checkpoint.state_dict(content, "ema" if "ema" in content else "model")
+    return checkpoint.state_dict(checkpoint.load(settings.vq_ckpt, mmap=True), "auto")
 
 
 def previous(settings: Settings, name: str) -> dict[str, Any] | None:

@@ -1,0 +1,126 @@
+"""Weights of a checkpoint as safetensors: python -m utils.export results/000-GPT-B/checkpoints/0400000.pt c2i_B.safetensors
+
+OUT is a .safetensors file, or a new folder that can be uploaded to the Hugging Face Hub as it is: config.json,
+model.safetensors, README.md with the recipe and what was measured. Names are LlamaGen's; both are read by every stage.
+"""
+
+import json
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils import checkpoint, cli
+from utils.log import read_metrics
+from utils.weights import write_file, write_folder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RECIPE = (
+    "dataset", "image_size", "patch_level", "epoch_rate", "patch_sizes", "patch_epochs", "patch_steps", "epochs",
+    "global_batch_size", "lr", "end_lr", "scheduler", "warmup_epochs", "decay_ratio", "weight_decay", "beta1", "beta2",
+    "max_grad_norm", "dropout_p", "token_dropout_p", "class_dropout_p", "drop_path_rate", "ema_decay", "mixed_precision",
+    "global_seed",
+)  # fmt: skip
+
+
+def parse() -> Namespace:
+    parser = cli.Parser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT", help="a .pt or .safetensors file, a folder of those, or hf://user/repo/file")
+    add("out", type=Path, metavar="OUT", help="a .safetensors file, or a new folder for the Hub")
+    add(
+        "--weights", choices=("auto", "model", "ema"), default="auto", help="auto: the EMA where the checkpoint has one"
+    )
+    add("--dtype", choices=DTYPES, help="default: as in the checkpoint")
+    add(
+        "--metrics",
+        type=cli.existing_file,
+        nargs="+",
+        default=[],
+        help="SAMPLES.metrics.json files, for the model card",
+    )
+    args = parser.parse_args()
+    if args.out.suffix == ".safetensors" and args.metrics:
+        parser.error("--metrics goes into the model card of a folder; a .safetensors file has none")
+    return args
+
+
+def exported(content: Mapping[str, Any], weights: str, dtype: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights to write, and what is written beside them: the plain data, without the run's arguments."""
+    state = checkpoint.state_dict(content, weights)
+    if dtype:
+        state = {name: t.to(DTYPES[dtype]) if t.is_floating_point() else t for name, t in state.items()}
+    about = {key: value for key, value in checkpoint.about(content).items() if key != "args"}
+    return state, {**about, "weights": about.get("weights") or checkpoint.chosen(content, weights)}
+
+
+def figures(paths: list[Path]) -> list[str]:
+    """A table of evaluator results. Raises InputError for a file that holds none."""
+    rows = []
+    for path in paths:
+        try:
+            content = json.loads(path.read_text())
+            network, metrics = content["network"]["name"], content["metrics"]
+            cells = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise cli.InputError(f"{path} is no SAMPLES.metrics.json of evaluations/c2i/evaluator.py") from None
+        rows.append(f"| {path.name.removesuffix('.metrics.json')} | {network} | {cells} |")
+    return ["## Figures", "", "| samples | in the features of | figures |", "|---|---|---|", *rows, ""] if rows else []
+
+
+def losses(source: str) -> list[str]:
+    """The last losses that the run folder of a checkpoint (FOLDER/checkpoints/STEP.pt, or FOLDER/vq.pt) has at its step."""
+    folder = next((f for f in list(Path(source).parents)[:2] if (f / "metrics.jsonl").is_file()), None)
+    rows = read_metrics(folder) if folder else []
+    if Path(source).stem.isdigit():
+        rows = [row for row in rows if row["step"] <= int(Path(source).stem)]
+    last = {key: (row[key], row["step"]) for row in rows for key in row if "loss" in key}
+    lines = [f"| {key} | {value:.4f} | {step} |" for key, (value, step) in last.items()]
+    return ["## Training", "", "| | value | step |", "|---|---|---|", *lines, ""] if lines else []
+
+
+def card(
+    source: str, content: Mapping[str, Any], about: Mapping[str, Any], state: Mapping[str, Tensor], metrics
+) -> str:
+    """The model card: what it is, how to load it, recipe and figures as far as they are known."""
+    gpt = "gpt_model" in about or "tok_embeddings.weight" in state
+    name = about.get("gpt_model" if gpt else "vq_model") or ("GPT" if gpt else "tokenizer")
+    tags = ["autoregressive-image-generation" if gpt else "image-tokenizer", "next-patch-prediction"]
+    module, loader = ("autoregressive.models", "GPT") if gpt else ("tokenizer.tokenizer_image", "Tokenizer")
+    flag = "--gpt-ckpt" if gpt else "--vq-ckpt"
+    args = content.get("args") or {}
+    args = vars(args) if isinstance(args, Namespace) else args
+    recipe = [f"| {key} | {args[key]} |" for key in RECIPE if args.get(key) is not None]
+    numbers = (
+        checkpoint.describe(name, content, about["weights"], state)
+        if about["weights"] in content
+        else (f"{name}: {sum(t.numel() for t in state.values()) / 1e6:.1f}M numbers")
+    )
+    return "\n".join([
+        "---", "library_name: pytorch", "tags:", *(f"- {tag}" for tag in tags), "---", "",
+        f"# {name}", "", f"{numbers}.", "",
+        f"An image {'generator' if gpt else 'tokenizer'} of the LlamaGen architecture"
+        f"{', trained by Next Patch Prediction (arXiv 2412.15321)' if gpt and recipe else ''}. Config: `config.json`.", "",
+        "```python", f"from {module}.load import {loader}", f'model = {loader}.from_pretrained("FOLDER or user/repo")', "```",
+        "", f"Every stage's `{flag}` takes the folder.", "",
+        *(["## Recipe", "", "| argument | value |", "|---|---|", *recipe, ""] if recipe else []),
+        *losses(source), *figures(metrics),
+    ])  # fmt: skip
+
+
+def main() -> None:
+    args = parse()
+    content = checkpoint.load(args.checkpoint, mmap=True)
+    state, about = exported(content, args.weights, args.dtype)
+    if args.out.suffix == ".safetensors":
+        write_file(args.out, state, about)
+    else:
+        write_folder(args.out, state, about, card(args.checkpoint, content, about, state, args.metrics))
+    print(f"wrote {args.out} from {checkpoint.describe(args.checkpoint, content, args.weights, state)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
