@@ -83,7 +83,7 @@ def losses(source: str) -> list[str]:
 
 
 def card(
-    source: str, content: Mapping[str, Any], about: Mapping[str, Any], state: Mapping[str, Tensor], metrics
+    source: str, content: Mapping[str, Any], about: Mapping[str, Any], state: Mapping[str, Tensor], metrics: list[Path]
 ) -> str:
     """The model card: what it is, how to load it, recipe and figures as far as they are known."""
     gpt = "gpt_model" in about or "tok_embeddings.weight" in state
@@ -94,16 +94,11 @@ def card(
     args = content.get("args") or {}
     args = vars(args) if isinstance(args, Namespace) else args
     recipe = [f"| {key} | {args[key]} |" for key in RECIPE if args.get(key) is not None]
-    numbers = (
-        checkpoint.describe(name, content, about["weights"], state)
-        if about["weights"] in content
-        else (f"{name}: {sum(t.numel() for t in state.values()) / 1e6:.1f}M numbers")
-    )
+    numbers = checkpoint.describe(name, content, about["weights"], state)
     return "\n".join([
         "---", "library_name: pytorch", "tags:", *(f"- {tag}" for tag in tags), "---", "",
         f"# {name}", "", f"{numbers}.", "",
-        f"An image {'generator' if gpt else 'tokenizer'} of the LlamaGen architecture"
-        f"{', trained by Next Patch Prediction (arXiv 2412.15321)' if gpt and recipe else ''}. Config: `config.json`.", "",
+        f"An image {'generator' if gpt else 'tokenizer'} of the LlamaGen architecture; its config is in `config.json`.", "",
         "```python", f"from {module}.load import {loader}", f'model = {loader}.from_pretrained("FOLDER or user/repo")', "```",
         "", f"Every stage's `{flag}` takes the folder.", "",
         *(["## Recipe", "", "| argument | value |", "|---|---|", *recipe, ""] if recipe else []),

@@ -26,7 +26,7 @@ class GPT(
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
-        self.about: dict[str, Any] = {}  # plain data of the file that it came from
+        self.about: dict[str, Any] = {}  # plain data of its file, but for the run's arguments
 
     def _save_pretrained(self, save_directory: Path) -> None:
         fill_folder(save_directory, self.state_dict(), {**self.about, "config": vars(self.config)})
@@ -64,9 +64,10 @@ def load_gpt(
     checkpoint.check_fit(model, state, f"{source} (loaded as {name or 'GPT'})", gpt_advice(state))
     checkpoint.adopt_weights(model, state, dtype)
     kind = about.get("weights") or checkpoint.chosen(content, weights)  # an export says which it was made of
-    model.about = {**about, **({"gpt_model": name} if name else {}), "weights": kind}
+    about |= {**({"gpt_model": name} if name else {}), "weights": kind}
+    model.about = {key: value for key, value in about.items() if key != "args"}
     note(f"loaded {name or 'GPT'} from {checkpoint.describe(source, content, weights, state)}")
-    return model.eval(), dict(model.about)
+    return model.eval(), about
 
 
 def gpt_config(

@@ -1,33 +1,237 @@
-"""What is no checkpoint of the GPT asked for ends in one line."""
+"""GPT files of every kind: published ones under their names and shapes, ours, safetensors, the Hub; wrong ones in one line."""
 
+import argparse
+import json
 from dataclasses import asdict
+from functools import cache
+from pathlib import Path
 
+import huggingface_hub
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from autoregressive.models.gpt import Transformer, preset
-from autoregressive.models.load import load_gpt
-from utils import checkpoint
+from autoregressive.models.gpt import PRESETS, GPTConfig, Transformer, preset, rope_grid
+from autoregressive.models.load import GPT, load_gpt, presets_of
+from autoregressive.models.patches import patch_loss, to_patches
+from pretrained_models.catalogue import CATALOGUE
+from utils import checkpoint, weights
 from utils.cli import InputError
+from utils.testing import close, fill_by_formula, formula
 
+DATA = Path(__file__).parent / "testdata"
+STATE_DICTS = json.loads((DATA / "gpt_state_dicts.json").read_text())
 CONFIG = preset("GPT-XXS", vocab_size=8, num_classes=2, block_size=4)
+NAMESPACE = argparse.Namespace(
+    gpt_model="GPT-B", epochs=300, lr=1e-4, ema=False, results_dir="results", mixed_precision="bf16"
+)
 
 
-@pytest.mark.parametrize("gpt_model", [None, "GPT-XXS"])
-def test_a_file_of_another_kind_of_model(tmp_path, gpt_model):
-    """A tokenizer's, say: it has a config too."""
-    checkpoint.save(tmp_path / "vq.pt", {"model": {}, "config": {"ch": 32, "codebook_size": 8}})
-    with pytest.raises(InputError, match=r"vq\.pt is no GPT of this code: its config does not fit"):
-        load_gpt(tmp_path / "vq.pt", gpt_model)
+def small() -> Transformer:
+    return fill_by_formula(Transformer(CONFIG))
 
 
-def test_a_file_that_does_not_say_which_model_it_is(tmp_path):
-    model = Transformer(CONFIG)
-    checkpoint.save(tmp_path / "gpt.pt", {"model": model.state_dict()})
-    with pytest.raises(InputError, match="does not say which model it is; give --gpt-model"):
-        load_gpt(tmp_path / "gpt.pt")
-    loaded, about = load_gpt(tmp_path / "gpt.pt", "GPT-XXS", vocab_size=8, num_classes=2, block_size=4)
-    assert all(value.equal(model.state_dict()[name]) for name, value in loaded.state_dict().items())
-    assert about["weights"] == "model"
+def hollow(name: str) -> dict[str, torch.Tensor]:
+    """Weights of a preset under their published names, shapes and dtype, each made of one stored number."""
+    shapes = {k: v.shape for k, v in Transformer.empty(PRESETS[name]).state_dict().items()}
+    shapes = STATE_DICTS[name]["state_dict"] if name in STATE_DICTS else shapes
+    return {key: torch.full((1,), 0.01).expand(tuple(shape)) for key, shape in shapes.items()}
+
+
+def wrapped(state: dict[str, torch.Tensor], kind: str) -> dict:
+    """As the published training scripts save: DDP's dict with a Namespace, DeepSpeed's, FSDP's consolidated weights."""
+    if kind == "fsdp":
+        return state
+    beside = {"optimizer": {}, "steps": 1500000, "args": NAMESPACE}
+    return {"model" if kind == "ddp" else "module": state, **beside}
+
+
+@pytest.mark.parametrize("kind", ["ddp", "deepspeed", "fsdp"])
+@pytest.mark.parametrize("name", [name for name, row in CATALOGUE.items() if row.model.startswith("GPT")])
+def test_every_published_file(tmp_path, capsys, name, kind):
+    """Its names and shapes load strictly without a word about which model it is; the sizes are the published ones."""
+    row = CATALOGUE[name]
+    torch.save(wrapped(hollow(row.model), kind), tmp_path / row.file)
+    model, about = load_gpt(tmp_path / row.file, block_size=(row.image_size // 16) ** 2)
+    assert about["gpt_model"] == row.model and about["weights"] == "model"
+    assert (model.config.vocab_size, model.config.num_classes) == (16384, 1000)
+    assert model.config.block_size == (row.image_size // 16) ** 2
+    assert not any(value.is_meta for value in [*model.state_dict().values(), *model.buffers()])
+    line = capsys.readouterr().err
+    assert f"loaded {row.model} from {tmp_path / row.file}: " in line and "float32, raw weights" in line
+    millions = float(line.split("M parameters")[0].split()[-1])
+    size = row.parameters
+    assert round(millions / 1000, 1) == float(size[:-1]) if size.endswith("B") else round(millions) == int(size[:-1])
+
+
+@cache
+def golden_file(folder: Path) -> Path:
+    """A stand-in for c2i_B_256.pt: the published names and shapes by formula, wrapped as published."""
+    expected = STATE_DICTS["GPT-B"]["state_dict"]
+    state = {name: torch.from_numpy(formula(name, tuple(shape))) for name, shape in expected.items()}
+    torch.save(wrapped({**state, "freqs_cis": torch.zeros(257, 32, 2)}, "ddp"), folder / "c2i_B_256.pt")
+    return folder / "c2i_B_256.pt"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    return golden_file(tmp_path_factory.mktemp("published"))
+
+
+@torch.inference_mode()
+def golden_difference(model: Transformer) -> None:
+    golden = np.load(DATA / "gpt_b.npz")
+    patches = to_patches(torch.from_numpy(golden["idx"].astype(np.int64)), 1)
+    logits = model(patches, torch.from_numpy(golden["cls"].astype(np.int64)))
+    close(patch_loss(logits, patches), golden["loss_p1"])
+    at = torch.from_numpy(golden["positions_p1"].astype(np.int64))
+    close(logits[:, at][..., torch.from_numpy(golden["vocab"])], golden["logits_p1"])
+
+
+def test_a_published_file_gives_the_published_numbers(published):
+    golden_difference(load_gpt(published)[0])
+
+
+def test_it_still_does_after_an_export_to_the_hub(published, tmp_path):
+    """Through a folder for the Hub, by the mixin."""
+    model, _ = load_gpt(published)
+    model.save_pretrained(tmp_path / "hub")
+    again = GPT.from_pretrained(tmp_path / "hub")
+    assert again.about["gpt_model"] == "GPT-B" and "args" not in again.about
+    golden_difference(again)
+
+
+@pytest.mark.parametrize("name", [n for n in STATE_DICTS if n != "GPT-XXXL"])
+def test_our_checkpoints_have_the_published_names_and_shapes(name):
+    """As a model written from the published names and shapes alone would load them: strictly."""
+
+    class Published(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for key, shape in STATE_DICTS[name]["state_dict"].items():
+                *path, last = key.split(".")
+                module = self
+                for part in path:
+                    if part not in module._modules:
+                        module.add_module(part, nn.Module())
+                    module = module._modules[part]
+                module.register_parameter(last, nn.Parameter(torch.empty(shape, device="meta")))
+
+    ours = Transformer.empty(PRESETS[name]).state_dict()
+    outcome = Published().load_state_dict(ours, strict=True, assign=True)
+    assert not outcome.missing_keys and not outcome.unexpected_keys
+
+
+def test_ours_load_in_code_that_reads_published_files(tmp_path):
+    """A plain weights-only torch.load and `["model"]`; nothing of this project is needed to read it."""
+    content = {"model": small().state_dict(), "config": asdict(CONFIG), "args": {"lr": 0.1}, "steps": 3}
+    checkpoint.save(tmp_path / "a.pt", content)
+    found = torch.load(tmp_path / "a.pt", weights_only=True)["model"]
+    assert all(value.equal(small().state_dict()[name]) for name, value in found.items())
+
+
+class TestMemory:
+    def test_no_second_copy(self, tmp_path):
+        """The model has the mapped file's tensors, and its rotary table is real."""
+        checkpoint.save(tmp_path / "gpt.pt", {"model": small().state_dict(), "config": asdict(CONFIG)})
+        model, _ = load_gpt(tmp_path / "gpt.pt")
+        assert str(tmp_path / "gpt.pt") in Path("/proc/self/maps").read_text()
+        codes, labels = torch.arange(4).view(1, 4, 1), torch.tensor([1])
+        with torch.no_grad():
+            assert model(codes, labels).equal(small().eval()(codes, labels))
+
+    def test_dtype(self, tmp_path):
+        half = {name: value.bfloat16() for name, value in small().state_dict().items()}
+        checkpoint.save(tmp_path / "gpt.pt", {"model": half, "config": asdict(CONFIG)})
+        assert load_gpt(tmp_path / "gpt.pt")[0].output.weight.dtype == torch.bfloat16
+        assert load_gpt(tmp_path / "gpt.pt", dtype=torch.float32)[0].output.weight.dtype == torch.float32
+
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_the_rotary_table_of_an_empty_model_is_real(self, name):
+        model = Transformer.empty(preset(name, n_layer=1))
+        config = model.config
+        assert model.output.weight.is_meta
+        assert model.rope.equal(rope_grid(16, config.head_dim, config.rope_base))
+
+
+class TestHub:
+    def content(self) -> dict:
+        return {"config": asdict(CONFIG), "gpt_model": "GPT-XXS", "image_size": 32, "classes": ["a", "b"], "steps": 5}
+
+    def test_what_is_pushed_is_loaded_again(self, tmp_path, monkeypatch):
+        checkpoint.save(tmp_path / "gpt.pt", {**self.content(), "model": small().state_dict(), "args": {"lr": 1}})
+        model, _ = load_gpt(tmp_path / "gpt.pt")
+        pushed = {}
+
+        def upload(self, *, repo_id, folder_path, **_):
+            pushed[repo_id] = [path.name for path in Path(folder_path).iterdir()]
+            Path(folder_path).rename(tmp_path / "pushed")
+            return "url"
+
+        class Created:
+            repo_id = "user/repo"
+
+        monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *_, **__: Created)
+        monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
+        model.push_to_hub("user/repo")
+        assert sorted(pushed["user/repo"]) == ["README.md", "config.json", "model.safetensors"]
+        again, about = load_gpt(tmp_path / "pushed")
+        assert {key: about[key] for key in self.content()} == self.content()
+        assert all(value.equal(small().state_dict()[name]) for name, value in again.state_dict().items())
+
+    def test_from_pretrained_takes_a_dtype(self, tmp_path):
+        weights.write_folder(tmp_path / "hub", small().state_dict(), self.content(), "")
+        model = GPT.from_pretrained(tmp_path / "hub", dtype=torch.bfloat16)
+        assert model.output.weight.dtype == torch.bfloat16 and model.config == CONFIG and not model.training
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("gpt_model", [None, "GPT-XXS"])
+    def test_a_file_of_another_kind_of_model(self, tmp_path, gpt_model):
+        """A tokenizer's, say: it has a config too."""
+        checkpoint.save(tmp_path / "vq.pt", {"model": {}, "config": {"ch": 32, "codebook_size": 8}})
+        with pytest.raises(InputError, match=r"vq\.pt is no GPT of this code: its config does not fit"):
+            load_gpt(tmp_path / "vq.pt", gpt_model)
+
+    def test_a_file_that_nothing_tells(self, tmp_path):
+        checkpoint.save(tmp_path / "x.pt", {"model": {"weight": torch.zeros(2)}})
+        with pytest.raises(InputError, match="does not say which model it is; its tensors are those of no GPT preset"):
+            load_gpt(tmp_path / "x.pt")
+
+    def test_another_preset_is_asked_for(self, tmp_path):
+        checkpoint.save(tmp_path / "gpt.pt", {"model": small().state_dict()})
+        with pytest.raises(
+            InputError, match=r"loaded as GPT-XS\) does not fit .*; they are those of GPT-XXS for 8 codes"
+        ):
+            load_gpt(tmp_path / "gpt.pt", "GPT-XS")
+
+    def test_another_vocabulary_is_asked_for(self, tmp_path):
+        checkpoint.save(tmp_path / "gpt.pt", {"model": small().state_dict()})
+        with pytest.raises(
+            InputError, match=r"is \(8, 128\), the model has \(16, 128\); .*GPT-XXS for 8 codes and 2 classes"
+        ):
+            load_gpt(tmp_path / "gpt.pt", "GPT-XXS", vocab_size=16)
+
+    def test_a_missing_tensor(self, tmp_path):
+        state = small().state_dict()
+        state.pop("norm.weight")
+        checkpoint.save(tmp_path / "gpt.pt", {"model": state, "config": asdict(CONFIG)})
+        with pytest.raises(InputError, match=r"norm\.weight is missing; no GPT preset has these tensors"):
+            load_gpt(tmp_path / "gpt.pt")
+
+
+def test_what_a_file_does_not_say_is_read_off_its_tensors(tmp_path):
+    checkpoint.save(tmp_path / "gpt.pt", {"model": small().state_dict()})
+    loaded, about = load_gpt(tmp_path / "gpt.pt", block_size=4)
+    assert loaded.config == CONFIG and about["gpt_model"] == "GPT-XXS"
+    assert load_gpt(tmp_path / "gpt.pt")[0].config.block_size == 256
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_told_apart_by_their_tensors(name):
+    config = GPTConfig(**{**asdict(PRESETS[name]), "vocab_size": 11, "num_classes": 3})
+    assert presets_of(Transformer.empty(config).state_dict()) == [name]
 
 
 def test_dropouts_of_training_are_off(tmp_path):

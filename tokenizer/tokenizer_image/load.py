@@ -29,7 +29,7 @@ class Tokenizer(
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__(config)
-        self.about: dict[str, Any] = {}  # plain data of the file that it came from
+        self.about: dict[str, Any] = {}  # plain data of its file, but for the run's arguments
 
     def _save_pretrained(self, save_directory: Path) -> None:
         fill_folder(save_directory, self.state_dict(), {**self.about, "config": vars(self.config)})
@@ -62,10 +62,11 @@ def load_tokenizer(
     checkpoint.check_fit(model, state, f"{what} (loaded as {name})", tokenizer_advice(state))
     checkpoint.adopt_weights(model, state, torch.float32)
     kind = about.get("weights") or checkpoint.chosen(content, weights)  # an export says which it was made of
-    model.about = {**(about if "config" in about else {}), "vq_model": name, "weights": kind}
+    about = {**(about if "config" in about else {}), "vq_model": name, "weights": kind}
+    model.about = {key: value for key, value in about.items() if key != "args"}
     if not given:
         note(f"loaded {name} from {checkpoint.describe(source, content, weights, state)}")
-    return model.eval().requires_grad_(False), dict(model.about)
+    return model.eval().requires_grad_(False), about
 
 
 def tokenizer_config(
