@@ -7,18 +7,20 @@ A checkpoint is a `.pt` dict: `model` (and `ema`) state dicts under the publishe
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from utils import weights as safetensors
 from utils.cli import InputError
 from utils.files import atomic_path
 from utils.hub import hub_file, parse_address
 
+Model = TypeVar("Model", bound=nn.Module)
 WRAPPER = "module."  # DistributedDataParallel
 INNER = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile, FSDP: at any depth
 STALE = ("freqs_cis",)  # rotary tables that old files carry; ours are computed
@@ -120,6 +122,21 @@ def describe(source: str | Path, checkpoint: Mapping[str, Any], weights: str, st
     kind = "EMA" if "ema" in (chosen(checkpoint, weights), checkpoint.get("weights")) else "raw"
     steps = f", {checkpoint['steps']} steps" if "steps" in checkpoint else ""
     return f"{source}: {sum(t.numel() for t in parameters) / 1e6:.1f}M parameters, {dtypes}, {kind} weights{steps}"
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Leaves out torch.nn.init: on the meta device it changes nothing, but costs PyTorch seconds of imports."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def on_meta(build: Callable[[], Model]) -> Model:
+    """What build() makes, with all its tensors on the meta device: names and shapes without memory."""
+    with torch.device("meta"), _NoInitialisation():
+        return build()
 
 
 def misfits(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:

@@ -87,8 +87,8 @@ def preset(name: str, **changes) -> GPTConfig:
 def rope_grid(side: int, head_dim: int, base: float) -> Tensor:
     """2-D rotary table (side, side, C/2, 2) of (cos, sin): the first C/4 pairs turn with the row, the rest with the column."""
     quarter = head_dim // 4
-    frequency = base ** -(torch.arange(0, quarter).float() * 2 / (head_dim // 2))
-    angle = torch.arange(side).float()[:, None] * frequency
+    frequency = base ** -(torch.arange(0, quarter, device="cpu").float() * 2 / (head_dim // 2))
+    angle = torch.arange(side, device="cpu").float()[:, None] * frequency
     rows, columns = angle[:, None].expand(-1, side, -1), angle[None].expand(side, -1, -1)
     angles = torch.cat((rows, columns), dim=-1)
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
@@ -205,19 +205,12 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, p) for p in depths)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.register_buffer("rope", self._rope(), persistent=False)
+        self.register_buffer("rope", self.rope_grid().to(self.output.weight.device), persistent=False)
         self.apply(self._init)
         nn.init.zeros_(self.output.weight)  # the first loss is ln(vocab_size)
 
-    @classmethod
-    def empty(cls, config: GPTConfig) -> "Transformer":
-        """A model whose weights are on the meta device, to be given a file's; its rotary table, in no file, is real."""
-        with torch.device("meta"):
-            model = cls(config)
-        model.rope = model._rope()
-        return model
-
-    def _rope(self) -> Tensor:
+    def rope_grid(self) -> Tensor:
+        """The rotary table of all codes (side, side, C/2, 2), which is in no file; on the CPU, for a model on any device."""
         return rope_grid(grid_side(self.config.block_size), self.config.head_dim, self.config.rope_base)
 
     @staticmethod

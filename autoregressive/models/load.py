@@ -28,6 +28,13 @@ class GPT(
         super().__init__(config)
         self.about: dict[str, Any] = {}  # plain data of its file, but for the run's arguments
 
+    @classmethod
+    def empty(cls, config: GPTConfig) -> "GPT":
+        """A model on the meta device, to be given a file's tensors; its rotary table, in no file, is real."""
+        model = checkpoint.on_meta(lambda: cls(config))
+        model.rope = model.rope_grid()
+        return model
+
     def _save_pretrained(self, save_directory: Path) -> None:
         fill_folder(save_directory, self.state_dict(), {**self.about, "config": vars(self.config)})
 
@@ -108,7 +115,7 @@ def presets_of(state: Mapping[str, Tensor]) -> list[str]:
     width = state["tok_embeddings.weight"].shape[-1]
     layers = len({name.split(".")[1] for name in state if name.startswith("layers.")})
     candidates = [name for name, row in PRESETS.items() if (row.dim, row.n_layer) == (width, layers)]
-    return [n for n in candidates if not checkpoint.misfits(Transformer.empty(preset(n, **sizes_of(state))), state)]
+    return [n for n in candidates if not checkpoint.misfits(GPT.empty(preset(n, **sizes_of(state))), state)]
 
 
 def gpt_advice(state: Mapping[str, Tensor]) -> str:

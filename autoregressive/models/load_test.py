@@ -34,7 +34,7 @@ def small() -> Transformer:
 
 def hollow(name: str) -> dict[str, torch.Tensor]:
     """Weights of a preset under their published names, shapes and dtype, each made of one stored number."""
-    shapes = {k: v.shape for k, v in Transformer.empty(PRESETS[name]).state_dict().items()}
+    shapes = {k: v.shape for k, v in GPT.empty(PRESETS[name]).state_dict().items()}
     shapes = STATE_DICTS[name]["state_dict"] if name in STATE_DICTS else shapes
     return {key: torch.full((1,), 0.01).expand(tuple(shape)) for key, shape in shapes.items()}
 
@@ -118,7 +118,7 @@ def test_our_checkpoints_have_the_published_names_and_shapes(name):
                     module = module._modules[part]
                 module.register_parameter(last, nn.Parameter(torch.empty(shape, device="meta")))
 
-    ours = Transformer.empty(PRESETS[name]).state_dict()
+    ours = GPT.empty(PRESETS[name]).state_dict()
     outcome = Published().load_state_dict(ours, strict=True, assign=True)
     assert not outcome.missing_keys and not outcome.unexpected_keys
 
@@ -149,7 +149,7 @@ class TestMemory:
 
     @pytest.mark.parametrize("name", PRESETS)
     def test_the_rotary_table_of_an_empty_model_is_real(self, name):
-        model = Transformer.empty(preset(name, n_layer=1))
+        model = GPT.empty(preset(name, n_layer=1))
         config = model.config
         assert model.output.weight.is_meta
         assert model.rope.equal(rope_grid(16, config.head_dim, config.rope_base))
@@ -231,7 +231,7 @@ def test_what_a_file_does_not_say_is_read_off_its_tensors(tmp_path):
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_told_apart_by_their_tensors(name):
     config = GPTConfig(**{**asdict(PRESETS[name]), "vocab_size": 11, "num_classes": 3})
-    assert presets_of(Transformer.empty(config).state_dict()) == [name]
+    assert presets_of(GPT.empty(config).state_dict()) == [name]
 
 
 def test_dropouts_of_training_are_off(tmp_path):

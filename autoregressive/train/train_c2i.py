@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from autoregressive.models.gpt import PRESETS, GPTConfig, Transformer, preset
-from autoregressive.models.load import gpt_advice
+from autoregressive.models.load import GPT, gpt_advice
 from autoregressive.models.patches import grid_side
 from autoregressive.train.plan import Plan
 from autoregressive.train.preview import Preview
@@ -239,7 +239,7 @@ def starting_weights(args: Namespace, config: GPTConfig) -> dict[str, torch.Tens
         return None
     content = checkpoint.load(args.gpt_ckpt, mmap=True)
     state = checkpoint.state_dict(content)
-    checkpoint.check_fit(Transformer.empty(config), state, f"{args.gpt_ckpt} (as {args.gpt_model})", gpt_advice(state))
+    checkpoint.check_fit(GPT.empty(config), state, f"{args.gpt_ckpt} (as {args.gpt_model})", gpt_advice(state))
     cli.note(f"starting from {checkpoint.describe(args.gpt_ckpt, content, 'model', state)}")
     return state
 

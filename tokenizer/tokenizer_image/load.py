@@ -57,8 +57,7 @@ def load_tokenizer(
     state, about = checkpoint.state_dict(content, weights), checkpoint.about(content)
     name = vq_model or about.get("vq_model") or preset_of(state) or DEFAULT
     config = tokenizer_config(about, state, vq_model, what)
-    with torch.device("meta"):
-        model = Tokenizer(config)
+    model = checkpoint.on_meta(lambda: Tokenizer(config))
     checkpoint.check_fit(model, state, f"{what} (loaded as {name})", tokenizer_advice(state))
     checkpoint.adopt_weights(model, state, torch.float32)
     kind = about.get("weights") or checkpoint.chosen(content, weights)  # an export says which it was made of
@@ -96,9 +95,8 @@ def sized(name: str, state: Mapping[str, Tensor]) -> VQConfig:
 def preset_of(state: Mapping[str, Tensor]) -> str | None:
     """The preset that has these tensors' names and shapes, whatever the codebook."""
     for name in PRESETS:
-        with torch.device("meta"):
-            model = VQModel(sized(name, state))
-        if not checkpoint.misfits(model, state):
+        config = sized(name, state)
+        if not checkpoint.misfits(checkpoint.on_meta(lambda config=config: VQModel(config)), state):
             return name
     return None
 

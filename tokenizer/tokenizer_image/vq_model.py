@@ -247,7 +247,8 @@ class VectorQuantizer(nn.Module):
         self.embedding = nn.Embedding(config.codebook_size, config.codebook_embed_dim)
         with torch.no_grad():
             self.embedding.weight.uniform_(-1 / config.codebook_size, 1 / config.codebook_size)
-            self.embedding.weight.copy_(self.unit(self.embedding.weight))
+            if not self.embedding.weight.is_meta:  # there it changes nothing, but costs PyTorch seconds of imports
+                self.embedding.weight.copy_(self.unit(self.embedding.weight))
         if config.show_usage:
             self.register_buffer("codebook_used", torch.zeros(USAGE_LENGTH))
 

@@ -139,8 +139,7 @@ def check(settings: Settings, images: int) -> None:
             f"--global-batch-size {settings.global_batch_size} is more than the {images} images there are"
         )
     if settings.vq_ckpt:
-        with torch.device("meta"):
-            empty = VQModel(config)
+        empty = checkpoint.on_meta(lambda: VQModel(config))
         state = start_weights(settings)
         checkpoint.check_fit(empty, state, f"{settings.vq_ckpt} (as {settings.vq_model})", tokenizer_advice(state))
 

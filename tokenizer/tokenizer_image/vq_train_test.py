@@ -223,8 +223,11 @@ def test_wrong_tokenizer_files(images, finished, tmp_path):
         load_tokenizer(finished / "vq.pt", "VQ-4")
     content = checkpoint.load(finished / "vq.pt")
     checkpoint.save(tmp_path / "bare.pt", {"model": content["model"]})
-    with pytest.raises(ValueError, match=r"loaded as VQ-16; --vq-model names another\) does not fit"):
-        load_tokenizer(tmp_path / "bare.pt")
+    assert load_tokenizer(tmp_path / "bare.pt")[1]["vq_model"] == "VQ-4-small"
+    with pytest.raises(
+        ValueError, match=r"loaded as VQ-8\) does not fit .*; they are those of VQ-4-small with 32 codes"
+    ):
+        load_tokenizer(tmp_path / "bare.pt", "VQ-8")
     (tmp_path / "cut.pt").write_bytes((finished / "vq.pt").read_bytes()[:5000])
     result = run_script(
         RECONSTRUCT, "--data-path", images, "--vq-ckpt", tmp_path / "cut.pt", "--image-size", 16
