@@ -32,7 +32,7 @@ def parse() -> Namespace:
     parser = cli.Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--data-path", type=cli.existing_folder, required=True, help="an ImageFolder: one folder of images a class")
-    add("--vq-model", help="insist on this tokenizer preset; default: what the file says, VQ-16 if it doesn't")
+    add("--vq-model", help="insist on this tokenizer preset; default: what the file says, or what its tensors are of")
     add("--vq-ckpt", type=weights_file, required=True)
     add("--image-size", type=cli.positive_int, default=256)
     add("--image-size-eval", type=cli.positive_int, help="resize images and reconstructions to this (bicubic)")
