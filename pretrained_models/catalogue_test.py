@@ -80,6 +80,12 @@ class TestFind:
         with pytest.raises(InputError, match=r"c2i_B_256\.pt\.json is damaged: delete it"):
             find_weights("c2i_B_256")
 
+    def test_a_json_file_of_another_kind_is_no_record(self, tmp_path):
+        (tmp_path / "a.pt").write_bytes(b"x")
+        for content in ('{"steps": 3}', "[1]"):
+            (tmp_path / "a.pt.json").write_text(content)
+            assert find_weights(str(tmp_path / "a.pt")) == tmp_path / "a.pt"
+
     def test_what_is_not_there(self, tmp_path):
         with pytest.raises(
             argparse.ArgumentTypeError, match=r"there is no file nowhere, nor is it one of vq_ds16_c2i, .*hf://"

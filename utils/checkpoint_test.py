@@ -149,14 +149,15 @@ class TestRefusals:
             checkpoint.load(tmp_path / "a.pt")
 
     @pytest.mark.parametrize("zipped", [True, False])
-    def test_code_in_a_file_is_not_executed(self, tmp_path, zipped):
+    @pytest.mark.parametrize("mmap", [True, False])
+    def test_code_in_a_file_is_not_executed(self, tmp_path, zipped, mmap):
         path, target = tmp_path / "a.pt", tmp_path / "attacked"
         content = {"model": weights(), "args": argparse.Namespace(x=Attack(target))}
         torch.save(content, path, _use_new_zipfile_serialization=zipped)
         with pytest.raises(
             InputError, match=r"is not read: it asks for \w+\.mkdir, so it is damaged or would run code"
         ) as refusal:
-            checkpoint.load(path)
+            checkpoint.load(path, mmap)
         assert not target.exists()
         assert "weights_only" not in str(refusal.value) and "\n" not in str(refusal.value)
 

@@ -56,6 +56,13 @@ def test_fail_prints_one_line(capsys):
     )
 
 
+def test_a_note_comes_from_the_first_process_only(capsys, monkeypatch):
+    cli.note("loaded")
+    monkeypatch.setenv("RANK", "1")
+    cli.note("loaded")
+    assert capsys.readouterr() == ("", "loaded\n")
+
+
 def test_input_errors_become_one_line_and_bugs_keep_their_traceback(capsys):
     def mistake():
         raise cli.InputError("there is no x")

@@ -47,3 +47,18 @@ def test_sha256_of_more_than_one_block(tmp_path):
     data = b"0123456789abcdef" * 70_000
     (tmp_path / "file").write_bytes(data)
     assert sha256(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+
+
+def test_sha256_of_a_folder_is_that_of_names_and_contents(tmp_path):
+    for name, files in (
+        ("a", {"x": b"1", "sub/y": b"2"}),
+        ("b", {"sub/y": b"2", "x": b"1"}),
+        ("c", {"x": b"1", "y": b"2"}),
+    ):
+        for file, content in files.items():
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_bytes(content)
+    a, b, c = (sha256(tmp_path / name) for name in "abc")
+    assert a == b != c
+    (tmp_path / "b" / "x").write_bytes(b"3")
+    assert sha256(tmp_path / "b") != a

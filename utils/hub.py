@@ -47,8 +47,10 @@ def record_of(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(note.read_text())
         return {key: record[key] for key in ("repo", "file", "revision", "sha256", "bytes")}
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         raise InputError(f"{note} is damaged: delete it and {path}; the file is then fetched again") from None
+    except (KeyError, TypeError):  # somebody else's
+        return {}
 
 
 def check(path: Path) -> Path:
@@ -93,6 +95,10 @@ def _download(repo: str, file: str, revision: str | None, path: Path) -> None:
     from huggingface_hub import get_token, hf_hub_url  # here, as most calls find their file
 
     listed = _listed(repo, file, revision, path)
+    note, old = path.with_name(f"{path.name}.json"), record_of(path) if path.is_file() else {}
+    if old and old["sha256"] == listed.etag:  # another revision with the same file
+        write_json(note, {**old, "revision": listed.commit_hash})
+        return
     by_hand = _by_hand(repo, file, revision, path)
     part = path.with_name(f".{path.name}.{listed.etag[:12]}.part")
     try:
@@ -108,8 +114,7 @@ def _download(repo: str, file: str, revision: str | None, path: Path) -> None:
         raise InputError(
             f"what came as {path.name} is not what the Hub lists (sha256 or size): try again, or {by_hand}"
         )
-    record = {"repo": repo, "file": file, "revision": listed.commit_hash, **came}
-    write_json(path.with_name(f"{path.name}.json"), record)
+    write_json(note, {"repo": repo, "file": file, "revision": listed.commit_hash, **came})
     part.replace(path)
 
 
