@@ -152,14 +152,14 @@ def misfits(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     return problems + [f"{name} is not in the model" for name in given if name not in wanted]
 
 
-def check_fit(model: nn.Module, state: Mapping[str, Tensor], what: str, advice: str = "") -> None:
+def check_fit(model: nn.Module, state: Mapping[str, Tensor], what: str, advice: Callable[[], str] = str) -> None:
     """Raise InputError, naming the first mismatches, unless names and shapes agree.
 
-    what: whose weights they are. advice: what to say besides, such as a preset that would fit.
+    what: whose weights they are. advice: gives what to say besides, such as a preset that would fit.
     """
     if problems := misfits(model, state):
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise InputError(f"{what} does not fit this model: {'; '.join(problems[:3])}{more}{advice}")
+        raise InputError(f"{what} does not fit this model: {'; '.join(problems[:3])}{more}{advice()}")
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:

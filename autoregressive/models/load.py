@@ -68,7 +68,7 @@ def load_gpt(
     about = checkpoint.about(content)
     name, config = gpt_config(about, state, gpt_model, published, str(source))
     model = GPT.empty(config)
-    checkpoint.check_fit(model, state, f"{source} (loaded as {name or 'GPT'})", gpt_advice(state))
+    checkpoint.check_fit(model, state, f"{source} (loaded as {name or 'GPT'})", lambda: gpt_advice(state))
     checkpoint.adopt_weights(model, state, dtype)
     kind = about.get("weights") or checkpoint.chosen(content, weights)  # an export says which it was made of
     about |= {**({"gpt_model": name} if name else {}), "weights": kind}

@@ -239,7 +239,8 @@ def starting_weights(args: Namespace, config: GPTConfig) -> dict[str, torch.Tens
         return None
     content = checkpoint.load(args.gpt_ckpt, mmap=True)
     state = checkpoint.state_dict(content)
-    checkpoint.check_fit(GPT.empty(config), state, f"{args.gpt_ckpt} (as {args.gpt_model})", gpt_advice(state))
+    what = f"{args.gpt_ckpt} (as {args.gpt_model})"
+    checkpoint.check_fit(GPT.empty(config), state, what, lambda: gpt_advice(state))
     cli.note(f"starting from {checkpoint.describe(args.gpt_ckpt, content, 'model', state)}")
     return state
 

@@ -58,7 +58,7 @@ def load_tokenizer(
     name = vq_model or about.get("vq_model") or preset_of(state) or DEFAULT
     config = tokenizer_config(about, state, vq_model, what)
     model = checkpoint.on_meta(lambda: Tokenizer(config))
-    checkpoint.check_fit(model, state, f"{what} (loaded as {name})", tokenizer_advice(state))
+    checkpoint.check_fit(model, state, f"{what} (loaded as {name})", lambda: tokenizer_advice(state))
     checkpoint.adopt_weights(model, state, torch.float32)
     kind = about.get("weights") or checkpoint.chosen(content, weights)  # an export says which it was made of
     about = {**(about if "config" in about else {}), "vq_model": name, "weights": kind}

@@ -141,7 +141,8 @@ def check(settings: Settings, images: int) -> None:
     if settings.vq_ckpt:
         empty = checkpoint.on_meta(lambda: VQModel(config))
         state = start_weights(settings)
-        checkpoint.check_fit(empty, state, f"{settings.vq_ckpt} (as {settings.vq_model})", tokenizer_advice(state))
+        what = f"{settings.vq_ckpt} (as {settings.vq_model})"
+        checkpoint.check_fit(empty, state, what, lambda: tokenizer_advice(state))
 
 
 def start_weights(settings: Settings) -> dict[str, Tensor]:
