@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from autoregressive.models import gpt
+from autoregressive.models.load import GPT
 from pretrained_models.catalogue import CATALOGUE
-from utils.testing import ROOT, assert_refused
+from utils import weights
+from utils.testing import ROOT, assert_refused, fill_by_formula
 
 CONTENT = bytes(range(256)) * 1000
 COMMITS = {"main": "a" * 40, "v1": "b" * 40, "a" * 40: "a" * 40, "b" * 40: "b" * 40}
@@ -45,7 +48,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def answer(self):
         if "/resolve/" not in self.path:
-            self.send_error(404)
+            self.list_files()
             return
         user, repo, _, revision, file = self.path.strip("/").split("/", 4)
         self.tokens["hub"] = self.headers.get("Authorization")
@@ -65,6 +68,22 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.send_header("Location", f"http://localhost:{self.server.server_port}/cdn/{user}/{repo}/{file}")
         self.send_header("Content-Length", "0")
         self.end_headers()
+
+    def list_files(self):
+        """What a repository holds: its files, or a page of them with sizes. The path: /api/models/user/repo/what/..."""
+        _, _, _, user, name, what, *_ = f"{self.path}//".split("/")
+        repo = f"{user}/{name}"
+        names = [path.removeprefix(f"{repo}/") for path in self.files if path.startswith(f"{repo}/")]
+        sizes = [{"type": "file", "path": n, "size": len(self.files[f"{repo}/{n}"]), "oid": "0" * 40} for n in names]
+        answer = (
+            sizes if what == "tree" else {"id": repo, "sha": "a" * 40, "siblings": [{"rfilename": n} for n in names]}
+        )
+        body = json.dumps(answer).encode()
+        self.send_response(200 if names else 404)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def send(self, content: bytes):
         asked = self.headers.get("Range")
@@ -220,6 +239,26 @@ def test_any_file_of_the_hub_by_address(hub, folder):
     result = run(folder, hub.address, "-c", code, "hf://user/repo@v1/sub/x.pt")
     assert result.stdout.strip() == str(folder / "user/repo/sub/x.pt"), result.stderr
     assert json.loads((folder / "user/repo/sub/x.pt.json").read_text())["revision"] == "b" * 40
+
+
+def test_models_come_from_the_hub_by_the_name_of_their_repository(hub, folder, tmp_path):
+    """What save_pretrained wrote, through GPT.from_pretrained("user/repo"), in several files."""
+    config = gpt.preset("GPT-XXS", vocab_size=8, num_classes=2, block_size=4)
+    model = fill_by_formula(GPT(config))
+    weights.fill_folder(tmp_path, model.state_dict(), {"config": vars(config), "gpt_model": "GPT-XXS"}, shard="1MB")
+    hub.files |= {f"user/repo/{path.name}": path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert len(hub.files) > 4
+    code = """
+import sys
+from autoregressive.models.load import GPT
+model = GPT.from_pretrained("user/repo")
+print(model.about["gpt_model"], sum(p.detach().double().sum().item() for p in model.parameters()))
+"""
+    result = run(folder, hub.address, "-c", code)
+    assert result.returncode == 0, result.stderr
+    name, total = result.stdout.split()
+    assert name == "GPT-XXS"
+    assert float(total) == pytest.approx(sum(p.detach().double().sum().item() for p in model.parameters()))
 
 
 def test_wrong_names(folder):
