@@ -15,6 +15,7 @@ from torchvision.models import ResNet50_Weights
 from autoregressive.models.generate import SCHEDULES, Decoder, guidance_scales
 from autoregressive.models.gpt import PRESETS, Transformer
 from autoregressive.models.load import load_gpt
+from pretrained_models.catalogue import published_sampling, weights_file
 from tokenizer.tokenizer_image.load import load_tokenizer
 from utils import cli, streams
 from utils.distributed import precision_dtype
@@ -29,12 +30,12 @@ def add_flags(parser: ArgumentParser) -> None:
     """The published sampling flags, less --cfg-scale, of which one sampler takes several."""
     add = parser.add_argument
     add("--gpt-model", choices=PRESETS, help="insist on this preset; needed for files that don't say (published ones)")
-    add("--gpt-ckpt", type=cli.existing_file, required=True)
+    add("--gpt-ckpt", type=weights_file, required=True, help="a file, a published name, or hf://user/repo/file")
     add(
         "--weights", choices=("auto", "model", "ema"), default="auto", help="auto: the EMA where the checkpoint has one"
     )
-    add("--vq-model", help="insist on this tokenizer preset; default: what the file says, VQ-16 if it doesn't")
-    add("--vq-ckpt", type=cli.existing_file, required=True)
+    add("--vq-model", help="insist on this tokenizer preset; default: what the file says")
+    add("--vq-ckpt", type=weights_file, required=True, help="a file, a published name, or hf://user/repo/file")
     add(
         "--image-size", type=cli.positive_int, help="default: what the GPT was trained at; 256 for files that don't say"
     )
@@ -54,6 +55,17 @@ def add_flags(parser: ArgumentParser) -> None:
     add("--top-p", type=cli.positive_fraction, default=1.0, help="1: off")
     add("--precision", choices=("auto", "none", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 on GPUs")
     add("--compile", action=BooleanOptionalAction, default=None, help="torch.compile of both models; default: on GPUs")
+
+
+def use_published(args: Namespace, *flags: str) -> None:
+    """Give these flags, where they were not given, the setting that published weights' figures were drawn with; say so."""
+    settings = published_sampling(args.gpt_ckpt)
+    taken = {flag: settings[flag] for flag in flags if flag in settings and getattr(args, flag) is None}
+    for flag, value in taken.items():
+        setattr(args, flag, value)
+    if taken:
+        words = " ".join(f"--{flag.replace('_', '-')} {value}" for flag, value in taken.items())
+        cli.note(f"{words}: {settings['why']}")
 
 
 def check_guidance(args: Namespace, codes: int) -> None:
@@ -195,4 +207,4 @@ class Pipeline:
 
 def checkpoint_name(path: Path) -> str:
     """The file's name without its suffix, as in the published sample names."""
-    return path.name.removesuffix(".pth").removesuffix(".pt")
+    return path.stem if path.suffix in (".pt", ".pth", ".safetensors") else path.name

@@ -1,14 +1,13 @@
 """Draw a grid of chosen classes, one row a class, to a PNG.
 
-    python autoregressive/sample/sample_c2i.py --vq-ckpt vq_ds16_c2i.pt --gpt-ckpt c2i_B_256.pt --gpt-model GPT-B \
-        --vq-model VQ-16 --cfg-scale 4.0 --class-ids 207 360 387 974
+python autoregressive/sample/sample_c2i.py --vq-ckpt vq_ds16_c2i --gpt-ckpt c2i_B_256 --class-ids 207 360 387 974
 """
 
 from pathlib import Path
 
 import numpy as np
 
-from autoregressive.sample.pipeline import Pipeline, add_flags
+from autoregressive.sample.pipeline import Pipeline, add_flags, use_published
 from utils import cli
 from utils.distributed import best_device
 from utils.draw import image_grid, save_image
@@ -26,6 +25,7 @@ def main() -> None:
     add("--scale", type=cli.positive_int, default=1, help="enlarge each image this many times")
     add("--out", type=Path, default=Path("samples/grid.png"))
     args = parser.parse_args()
+    use_published(args, "image_size")
 
     pipeline = Pipeline.load(args)
     ids = args.class_ids or list(range(min(10, pipeline.gpt.config.num_classes)))

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from autoregressive.sample.pipeline import POWER, Pipeline, add_flags, checkpoint_name
+from autoregressive.sample.pipeline import POWER, Pipeline, add_flags, checkpoint_name, use_published
 from utils import cli, samples, streams
 from utils.distributed import World, best_device, precision_dtype, world
 from utils.draw import save_image
@@ -38,8 +38,8 @@ def parse() -> Namespace:
     add_flags(parser)
     add = parser.add_argument
     add(
-        "--cfg-scale", type=cli.at_least_one, nargs="+", default=[1.5],
-        help="classifier-free guidance, 1 is off; several give a file each",
+        "--cfg-scale", type=cli.at_least_one, nargs="+",
+        help="classifier-free guidance, 1 is off; several give a file each; default: as published for the weights, or 1.5",
     )  # fmt: skip
     add("--num-fid-samples", type=cli.positive_int, default=50000)
     add(
@@ -51,6 +51,8 @@ def parse() -> Namespace:
     add("--sample-dir", type=Path, default=Path("samples"))
     add("--save-png", action="store_true", help="also write each image as a PNG, in a folder named like the .npz")
     args = parser.parse_args()
+    use_published(args, "image_size", "image_size_eval", "cfg_scale")
+    args.cfg_scale = args.cfg_scale if isinstance(args.cfg_scale, list) else [args.cfg_scale or 1.5]
     if len(args.labels) > 1 and not all(isinstance(label, int) for label in args.labels):
         raise cli.InputError(f"--labels {' '.join(map(str, args.labels))}: expected random, balanced, or only classes")
     return args

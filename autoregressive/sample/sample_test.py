@@ -214,8 +214,8 @@ def test_a_grid_of_chosen_classes(models, tmp_path):
 
 
 @pytest.mark.slow
-def test_published_files_by_the_published_command(tmp_path):
-    """Weights without a config, wrapped as published; the file gets the published name."""
+def test_published_files_by_the_published_command(tmp_path, monkeypatch, capsys):
+    """Weights without a config, wrapped as published; the file gets the published name, also where flags are left out."""
     folder = tmp_path / "pretrained_models"
     folder.mkdir()
     gpt, tokenizer = Transformer(PRESETS["GPT-B"]), vq_model.VQModel(vq_model.PRESETS["VQ-16"])
@@ -231,6 +231,12 @@ def test_published_files_by_the_published_command(tmp_path):
     assert result.returncode == 0, result.stderr
     name = "GPT-B-c2i_B_256-size-256-size-256-VQ-16-topk-0-topp-1.0-temperature-1.0-cfg-2.0-seed-0.npz"
     assert Samples(tmp_path / "samples" / name).shape == (1, 256, 256, 3)
+    short = (*command[:4], "--num-fid-samples", "1", "--sample-dir", tmp_path / "samples")
+    monkeypatch.setattr(sys, "argv", [MANY, *map(str, short)])
+    sample_c2i_ddp.main()
+    out, error = capsys.readouterr()
+    assert f"{name} is complete already" in out
+    assert "--image-size 256 --image-size-eval 256 --cfg-scale 2.0: as published for" in error
 
 
 class TestWrongInputs:
