@@ -35,7 +35,7 @@ L1 = "patches gpt generate load schedule plan optim tokenizer dataset evaluation
 # The first row that matches a file is its room.
 ROOMS = {
     "testing": Room("utils/testing.py conftest.py", "utils"),
-    "toy": Room("dataset/codes/toy.py autoregressive/train/toy.py", "dataset toy"),
+    "toy": Room("dataset/codes/toy.py autoregressive/train/toy.py", "dataset toy utils"),
     "utils tests": Room("utils/*_test.py", "utils testing launcher export"),
     "tests": Room("*_test.py", f"{L1} helpers stages scripts testing toy launcher export"),
     # L3
@@ -50,7 +50,8 @@ ROOMS = {
         entry=True,
     ),
     "helpers": Room(
-        "autoregressive/train/trainer.py autoregressive/train/preview.py autoregressive/sample/pipeline.py "
+        "autoregressive/train/trainer.py autoregressive/train/preview.py autoregressive/train/extraction.py "
+        "autoregressive/sample/pipeline.py "
         "tokenizer/tokenizer_image/vq_data.py",
         L1,
     ),

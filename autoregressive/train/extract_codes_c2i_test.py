@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from dataset.codes import Codes
-from dataset.images import VIEWS, ImageFolder, image_views
+from dataset.codes.toy import unfinish
+from dataset.images import VIEWS, ImageFolder, cut_views, load_image
 from tokenizer.tokenizer_image.load import load_tokenizer
 from tokenizer.tokenizer_image.vq_model import PRESETS, VQModel, preset
 from utils import checkpoint
@@ -50,10 +51,16 @@ def extract(images, vq_ckpt, code_path, *flags, **options):
     )  # fmt: skip
 
 
-def one_by_one(images, vq_ckpt, mode: str) -> np.ndarray:
+def views_of(path, size: int, mode: str, crop_range: float = 1.1) -> torch.Tensor:
+    """(views, size, size, 3) uint8."""
+    side = int(size * crop_range) if mode == "ten-crop" else size
+    return cut_views(torch.from_numpy(load_image(path, side))[None], size, mode)[0]
+
+
+def one_by_one(images, vq_ckpt, mode: str, crop_range: float = 1.1) -> np.ndarray:
     """(images, views, tokens): each view encoded on its own."""
     tokenizer, _ = load_tokenizer(vq_ckpt)
-    views = [torch.from_numpy(image_views(path, 16, mode)) for path in ImageFolder(images).paths]
+    views = [views_of(path, 16, mode, crop_range) for path in ImageFolder(images).paths]
     with torch.inference_mode():
         return np.array([[tokenizer.encode(to_float(v[None])).flatten().numpy() for v in image] for image in views])
 
@@ -87,7 +94,7 @@ def test_a_run_that_was_cut_off_is_completed_to_the_same_bytes_by_any_number_of_
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for root in (whole, cut):
         assert extract(images, vq_ckpt, root).returncode == 0
-    (cut / "toy16.json").rename(cut / "toy16.unfinished.json")
+    unfinish(cut, "toy16")
     (cut / "toy16_codes" / "00001.npy").unlink()
     (cut / "toy16_labels" / "00002.npy").unlink()
     kept = (cut / "toy16_codes" / "00000.npy").stat().st_mtime_ns
@@ -108,7 +115,7 @@ def test_a_published_tokenizer_by_the_published_command(images, tmp_path):
     flags = ("--vq-ckpt", path, "--data-path", few, "--image-size", "32", "--ten-crop", "--crop-range", "1.1")
     result = run_script(SCRIPT, *flags, "--code-path", tmp_path / "codes")
     assert result.returncode == 0, result.stderr
-    views = torch.from_numpy(image_views(few / "n0" / "x.png", 32, "ten-crop", 1.1))
+    views = views_of(few / "n0" / "x.png", 32, "ten-crop")
     with torch.inference_mode():
         expected = model.encode(to_float(views)).flatten(1)
     codes = np.load(tmp_path / "codes" / "imagenet32_codes" / "00000.npy")
@@ -139,14 +146,15 @@ class TestWrongInputs:
         self.refused(images, broken, tmp_path, (), "broken.pt", "truncated")
 
     @pytest.mark.parametrize(("workers", "processes"), [("0", 1), ("1", 1), ("0", 2)])
-    def test_a_truncated_image_is_named(self, images, vq_ckpt, tmp_path, workers, processes):
+    def test_strict_names_the_first_image_that_is_unreadable(self, images, vq_ckpt, tmp_path, workers, processes):
         """Also by the second of two processes, which has it in its shard."""
         (tmp_path / "a").mkdir()
         source = Path(ImageFolder(images).paths[0]).read_bytes()
         for i in range(5):
             (tmp_path / "a" / f"{i}.png").write_bytes(source if i < 4 else source[:-40])
-        result = extract(tmp_path, vq_ckpt, tmp_path / "out", "--num-workers", workers, processes=processes)
-        assert_refused(result, "4.png cannot be read as an image")
+        flags = ("--num-workers", workers, "--strict")
+        result = extract(tmp_path, vq_ckpt, tmp_path / "out", *flags, processes=processes)
+        assert_refused(result, "4.png cannot be read as an image", "leave out --strict")
 
     def test_a_lost_shard_is_restored_by_the_same_command(self, images, vq_ckpt, tmp_path):
         assert extract(images, vq_ckpt, tmp_path).returncode == 0

@@ -86,7 +86,7 @@ def convert(args: Namespace, layout: str) -> None:
     manifest = repacked(source, layout, *options)
     place = Place(args.dst, manifest.dataset, manifest.image_size)
     done = repack(source, Writer(place, manifest))
-    what = f"{manifest.images} images, {manifest.views} views of {manifest.tokens} codes"
+    what = f"{source.images} images, {manifest.views} views of {manifest.tokens} codes"
     print(f"wrote {place.codes}, equal to its source: {what}" if done else f"{place.codes} is complete already: {what}")
 
 

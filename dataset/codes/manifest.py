@@ -1,23 +1,32 @@
 """What codes are and where they lie: the manifest, the paths, and the folders that a path holds."""
 
 import errno
+import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from utils.cli import InputError
 
 SHARD_SIZE = 8192
-FORMAT = 1
+FORMAT = 2  # 1 had neither hashes nor skipped images, nor said of which paths and at which precision
+RESULTS = ("format", "skipped", "shards_sha256")  # fields that say how it went, not what was to be done
 LAYOUTS = ("packed", "per-image")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the codes are: of which images, by which tokenizer, in which form."""
+    """What the codes are: of which images, by which tokenizer, in which form.
+
+    images counts all, also those in skipped (rows of `image`, `path`, `reason`), which keep their numbers and have no codes.
+    shards_sha256: shard_digest of each; empty in an unfinished manifest and in one of format 1.
+    """
 
     dataset: str
     image_size: int
@@ -32,6 +41,10 @@ class Manifest:
     vq_model: str = ""
     tokenizer_sha256: str = ""
     classes: list[str] = field(default_factory=list)
+    precision: str = "fp32"
+    paths_sha256: str = ""
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    shards_sha256: list[str] = field(default_factory=list)
     format: int = FORMAT
 
     @property
@@ -44,8 +57,18 @@ class Manifest:
         return -(-self.images // self.shard_size)
 
     def rows(self, shard: int) -> range:
-        """The images of a shard."""
+        """The images of a shard, with those that were skipped."""
         return range(shard * self.shard_size, min(self.images, (shard + 1) * self.shard_size))
+
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """The images that have codes, (n,) int64, sorted: row r of all codes is of image numbers[r]."""
+        return np.setdiff1d(np.arange(self.images), [row["image"] for row in self.skipped])
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """The row of `numbers` at which each shard begins, and their count: (shards + 1,) int64."""
+        return np.searchsorted(self.numbers, np.arange(self.shards + 1) * self.shard_size)
 
 
 @dataclass(frozen=True)
@@ -77,15 +100,41 @@ class Place:
         """The manifest of an extraction or a repacking under way."""
         return self.root / f"{self.name}.unfinished.json"
 
+    @property
+    def records(self) -> Path:
+        """The folder of `{shard}.json`, one for each shard that such a run has finished."""
+        return self.root / f"{self.name}.unfinished"
+
+    def files(self, number: int, layout: str) -> tuple[Path, Path]:
+        """The codes and the labels of a shard, or of an image in the layout of one file an image."""
+        name = f"{number}.npy" if layout == "per-image" else f"{number:05d}.npy"
+        return self.codes / name, self.labels / name
+
+
+def shard_digest(place: Place, layout: str, numbers: Iterable[int]) -> str:
+    """sha256 (hex) of the bytes of these files (shards or images), the codes of each before its labels.
+
+    Raises OSError for one that cannot be read.
+    """
+    digest = hashlib.sha256()
+    for number in numbers:
+        for path in place.files(number, layout):
+            with open(path, "rb", buffering=0) as file:
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+    return digest.hexdigest()
+
 
 def read_manifest(path: Path) -> Manifest:
     """A manifest file. Raises InputError for one that is damaged or of another format."""
     try:
         values = json.loads(path.read_text())
-        if values.get("format") != FORMAT:
-            raise InputError(f"{path} has format {values.get('format')}; this version reads format {FORMAT}")
+        if values.get("format") not in range(1, FORMAT + 1):
+            raise InputError(f"{path} has format {values.get('format')}; this version reads format 1 to {FORMAT}")
         return Manifest(**values)
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path} is not a manifest of codes ({error}): extract the codes again") from None
 
 
@@ -103,9 +152,12 @@ def load_array(path: Path, mmap: bool = False) -> np.ndarray:
 
 
 def differences(old: Manifest, new: Manifest) -> list[str]:
-    """`field old, now new` for each field that differs."""
+    """`field old, now new` for each setting that differs; paths of which nothing is known agree with any."""
     before, after = asdict(old), asdict(new)
-    return [f"{key} {short(before[key])}, now {short(after[key])}" for key in before if before[key] != after[key]]
+    keys = [key for key in before if key not in RESULTS and before[key] != after[key]]
+    if not (old.paths_sha256 and new.paths_sha256):
+        keys = [key for key in keys if key != "paths_sha256"]
+    return [f"{key} {short(before[key])}, now {short(after[key])}" for key in keys]
 
 
 def short(value: object) -> str:

@@ -21,6 +21,7 @@ MANY = 512  # files, below which handing them to threads takes longer
 class Codes:
     """Codes, opened: `len`, `views`, `tokens`, `manifest` (the first there is, or None), and batches by image index.
 
+    Images that could not be read have no codes and no index; labels are those of the images that have one.
     roots: one folder or several of the same images, whose views are counted on: first those of the first folder.
     Raises InputError for a missing folder (naming the sizes that are there), missing or truncated files, and folders
     that are not of the same images, labels, grid, codebook, tokenizer and classes.
@@ -85,14 +86,15 @@ class Packed:
 
     def __init__(self, place: Place, manifest: Manifest) -> None:
         self.place, self.manifest = place, manifest
-        self.images, self.views, self.tokens = manifest.images, manifest.views, manifest.tokens
-        if min(manifest.images, manifest.views, manifest.tokens, manifest.shard_size) < 1:
+        self.numbers, self.views, self.tokens = manifest.numbers, manifest.views, manifest.tokens
+        self.images = len(self.numbers)
+        if min(self.images, manifest.views, manifest.tokens, manifest.shard_size) < 1:
             raise InputError(f"{place.manifest} is of no codes: it has images, views, tokens or a shard size below 1")
         shards, labels = [], []
         for number in range(manifest.shards):
             shards.append(load_array(place.codes / f"{number:05d}.npy", mmap=True))
             labels.append(load_array(place.labels / f"{number:05d}.npy"))
-            expected = (len(manifest.rows(number)), manifest.views, manifest.tokens)
+            expected = (int(np.diff(manifest.starts)[number]), manifest.views, manifest.tokens)
             if shards[-1].shape != expected or labels[-1].shape != expected[:1]:
                 raise InputError(
                     f"{place.codes}: shard {number:05d} has shape {shards[-1].shape} and {len(labels[-1])} labels, "
@@ -107,8 +109,8 @@ class Packed:
 
     def gather(self, indices: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Codes (B, tokens) int64 of these images and views."""
-        shards, rows = np.divmod(indices, self.manifest.shard_size)
-        rows = rows * self.views + views
+        shards = self._shard_of(indices)
+        rows = (indices - self.manifest.starts[shards]) * self.views + views
         codes = np.empty((len(indices), self.tokens), np.int64)
         table = self._rows
         for out, shard, row in zip(codes, shards.tolist(), rows.tolist(), strict=True):
@@ -120,17 +122,21 @@ class Packed:
 
     def read(self, rows: range) -> np.ndarray:
         """Codes (n, views, tokens) of consecutive images, mapped anew: what was read before leaves this process's RAM."""
-        size = self.manifest.shard_size
+        if not rows:
+            return np.empty((0, self.views, self.tokens), self.dtype)
         parts = []
-        for shard in range(rows.start // size, -(-rows.stop // size)):
-            first = shard * size
-            mapped = load_array(self.file_of(first), mmap=True)
+        for shard in range(self._shard_of(rows[0]), self._shard_of(rows[-1]) + 1):
+            first = int(self.manifest.starts[shard])
+            mapped = load_array(self.place.files(shard, "packed")[0], mmap=True)
             parts.append(mapped[max(rows.start - first, 0) : rows.stop - first])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def file_of(self, image: int) -> Path:
+    def file_of(self, row: int) -> Path:
         """The file that an image's codes are in."""
-        return self.place.codes / f"{image // self.manifest.shard_size:05d}.npy"
+        return self.place.files(self._shard_of(row), "packed")[0]
+
+    def _shard_of(self, rows: np.ndarray | int) -> np.ndarray | int:
+        return np.searchsorted(self.manifest.starts, rows, side="right") - 1
 
 
 class PerImage:
@@ -148,10 +154,12 @@ class PerImage:
         for name in sorted(codes.keys() ^ labels.keys())[:1]:
             folder = place.labels if name in codes else place.codes
             raise InputError(f"{folder / name} is missing: extract the codes again to restore it")
-        if manifest and len(codes) != manifest.images:
-            raise InputError(f"{place.codes} holds {len(codes)} of {manifest.images} images: extract the codes again")
         self.names = sorted(codes, key=lambda name: int(name[:-4]))
         self.images = len(codes)
+        self.numbers = np.array([int(name[:-4]) for name in self.names])
+        if manifest and not np.array_equal(self.numbers, manifest.numbers):
+            held = f"holds {len(codes)} of {len(manifest.numbers)} images"
+            raise InputError(f"{place.codes} {held}, or others than its manifest says: extract the codes again")
         for folder, sizes in ((place.codes, codes), (place.labels, labels)):
             for name in self.names:  # all files of a folder have one shape, so one size
                 if sizes[name] != sizes[self.names[0]]:
@@ -189,9 +197,9 @@ class PerImage:
         """Codes (n, views, tokens) of consecutive images."""
         return self._codes.read_all(rows)
 
-    def file_of(self, image: int) -> Path:
+    def file_of(self, row: int) -> Path:
         """The file that an image's codes are in."""
-        return self.place.codes / self.names[image]
+        return self.place.codes / self.names[row]
 
 
 Folder = Packed | PerImage
@@ -311,6 +319,8 @@ def _unlike(one: Folder, other: Folder) -> list[str]:
     a, b = one.manifest, other.manifest
     if a and b:
         pairs.append(("codebook size", a.codebook_size, b.codebook_size))
-        known = (("tokenizer sha256", a.tokenizer_sha256, b.tokenizer_sha256), ("classes", a.classes, b.classes))
-        pairs += [row for row in known if row[1] and row[2]]
+        pairs.append(("skipped images", *([row["image"] for row in m.skipped] for m in (a, b))))
+        known = ("tokenizer_sha256", "classes", "paths_sha256")
+        rows = [(key.replace("_", " "), getattr(a, key), getattr(b, key)) for key in known]
+        pairs += [row for row in rows if row[1] and row[2]]
     return [f"{what} {short(mine)} and {short(theirs)}" for what, mine, theirs in pairs if mine != theirs]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dataset.codes.manifest import Manifest, Place
+from dataset.codes.manifest import FORMAT, Manifest
 from dataset.codes.reader import Folder
 from dataset.codes.writer import Writer
 from utils.cli import InputError
@@ -28,7 +28,9 @@ def repacked(source: Folder, layout: str, shard_size: int | None = None, codeboo
         source.place.dataset, source.place.image_size, source.images, source.views, source.tokens,
         codebook_size or PUBLISHED_CODEBOOK, view_mode="unknown",
     )  # fmt: skip
-    return replace(manifest, layout=layout, shard_size=shard_size or manifest.shard_size)
+    return replace(
+        manifest, layout=layout, shard_size=shard_size or manifest.shard_size, format=FORMAT, shards_sha256=[]
+    )  # fmt: skip
 
 
 def repack(source: Folder, writer: Writer, show: bool = True) -> bool:
@@ -39,29 +41,21 @@ def repack(source: Folder, writer: Writer, show: bool = True) -> bool:
     """
     if writer.finished:
         return False
-    _refuse_a_bad_target(source, writer.place)
-    writer.check_space()
     m = writer.manifest
-    with progress(total=m.images, unit=" images", desc=f"writing {m.layout}", show=show) as bar:
+    writer.check_space(sum(not writer.has(shard) for shard in range(m.shards)))
+    with progress(total=source.images, unit=" images", desc=f"writing {m.layout}", show=show) as bar:
         for shard in range(m.shards):
-            rows = m.rows(shard)
+            rows = range(m.starts[shard], m.starts[shard + 1])
+            skipped = [row for row in m.skipped if row["image"] in m.rows(shard)]
             codes, labels = source.read(rows), source.labels_of(np.arange(rows.start, rows.stop))
             _refuse_bad_values(source, rows, codes, labels, m.codebook_size)
             if not writer.has(shard):
                 writer.start()  # not before: what is wrong with the first shard or the options leaves nothing behind
-                writer.write(shard, codes, labels)
+                writer.write(shard, codes, labels, skipped)
             _compare(writer, shard, codes, labels)
             bar.update(len(rows))
     writer.finish()
     return True
-
-
-def _refuse_a_bad_target(source: Folder, place: Place) -> None:
-    if source.place.codes.resolve() == place.codes.resolve():
-        raise InputError(f"{place.root} is both source and destination: give another folder to write to")
-    ours = place.manifest.is_file() or place.unfinished.is_file()
-    if not ours and place.codes.is_dir() and any(place.codes.iterdir()):
-        raise InputError(f"{place.codes} holds files of something else (there is no manifest): give another folder")
 
 
 def _refuse_bad_values(source: Folder, rows: range, codes: np.ndarray, labels: np.ndarray, codebook_size: int) -> None:
@@ -69,12 +63,14 @@ def _refuse_bad_values(source: Folder, rows: range, codes: np.ndarray, labels: n
     if wrong.any():
         image, view, position = np.argwhere(wrong)[0]
         raise InputError(
-            f"{source.file_of(rows[image])}: code {codes[image, view, position]} of image {rows[image]} is outside the "
-            f"codebook of {codebook_size}: extract it again, or give --codebook-size"
+            f"{source.file_of(rows[image])}: code {codes[image, view, position]} of image {source.numbers[rows[image]]} is "
+            f"outside the codebook of {codebook_size}: extract it again, or give --codebook-size"
         )
-    if labels.min() < 0:
+    if (labels < 0).any():
         image = int(labels.argmin())
-        raise InputError(f"{source.place.labels}: image {rows[image]} has label {labels[image]}; expected 0 or more")
+        raise InputError(
+            f"{source.place.labels}: image {source.numbers[rows[image]]} has label {labels[image]}; expected 0 or more"
+        )
 
 
 def _compare(writer: Writer, shard: int, codes: np.ndarray, labels: np.ndarray) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dataset.codes import Codes, Place, Writer
 from dataset.codes.reader import open_folder
 from dataset.codes.repack import repack, repacked
-from dataset.codes.toy import files, write_codes
+from dataset.codes.toy import files, unfinish, write_codes
 from utils.cli import InputError
 from utils.testing import assert_refused
 
@@ -74,7 +74,7 @@ def test_cut_off_and_continued_is_the_same(tmp_path, layout):
     convert(tmp_path / "source", tmp_path / "whole", layout)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     cut = tmp_path / "cut"
-    (cut / "toy32.json").rename(cut / "toy32.unfinished.json")
+    unfinish(cut)
     lost = ["toy32_labels/00001.npy", "toy32_codes/00002.npy"] if layout == "packed" else ["toy32_labels/15.npy"]
     for name in lost:
         (cut / name).unlink()
@@ -104,20 +104,26 @@ def test_killed_in_the_middle_and_run_again(tmp_path, monkeypatch):
         convert(tmp_path / "source", tmp_path / "cut", "packed")
     monkeypatch.undo()
     assert sorted(files(tmp_path / "cut")) == [
-        "toy32.unfinished.json", "toy32_codes/00000.npy", "toy32_codes/00001.npy", "toy32_labels/00000.npy",
+        "toy32.unfinished.json", "toy32.unfinished/00000.json",
+        "toy32_codes/00000.npy", "toy32_codes/00001.npy", "toy32_labels/00000.npy",
     ]  # fmt: skip
     assert convert(tmp_path / "source", tmp_path / "cut", "packed")
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
-def test_a_shard_that_differs_from_its_source_is_caught(tmp_path):
+def test_an_altered_shard_is_written_again_and_an_altered_source_is_caught(tmp_path):
     write_codes(tmp_path / "source", "per-image")
     convert(tmp_path / "source", tmp_path / "b", "packed")
-    (tmp_path / "b" / "toy32.json").rename(tmp_path / "b" / "toy32.unfinished.json")
+    whole = files(tmp_path / "b")
+    unfinish(tmp_path / "b")
     path = tmp_path / "b" / "toy32_codes" / "00001.npy"
     array = np.load(path)
     array[3, 1, 5] ^= 1
     np.save(path, array)
+    assert convert(tmp_path / "source", tmp_path / "b", "packed")
+    assert files(tmp_path / "b") == whole
+    unfinish(tmp_path / "b")
+    np.save(tmp_path / "source" / "toy32_codes" / "13.npy", array[3:4].astype(np.int64))
     with pytest.raises(InputError, match=r"shard 1 of .* differs from its source"):
         convert(tmp_path / "source", tmp_path / "b", "packed")
     assert not (tmp_path / "b" / "toy32.json").exists()
@@ -128,7 +134,7 @@ def test_other_settings_or_foreign_files_are_not_mixed_in(tmp_path):
     convert(tmp_path / "a", tmp_path / "b", "packed")
     with pytest.raises(InputError, match=r"other settings \(shard_size 10, now 5\)"):
         convert(tmp_path / "a", tmp_path / "b", "packed", 5)
-    with pytest.raises(InputError, match="both source and destination"):
+    with pytest.raises(InputError, match="holds files of something else"):  # itself
         Place(tmp_path / "a", "toy", 32).manifest.unlink()
         convert(tmp_path / "a", tmp_path / "a", "packed")
     shutil.copytree(tmp_path / "a", tmp_path / "c")

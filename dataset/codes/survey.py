@@ -5,7 +5,7 @@ from math import isqrt
 
 import numpy as np
 
-from dataset.codes.manifest import Manifest
+from dataset.codes.manifest import Manifest, shard_digest
 from dataset.codes.reader import Folder
 from utils.log import progress
 
@@ -53,7 +53,10 @@ class Survey:
             if m
             else "unknown",
         }
-        if f.layout == "per-image" and f.names[-1] != f"{f.images - 1}.npy":
+        if m and m.skipped:
+            first = "; ".join(f"{row['image']} {row['path']} ({row['reason']})" for row in m.skipped[:3])
+            rows["skipped"] = f"{len(m.skipped)} images: {first}{'; ...' if len(m.skipped) > 3 else ''}"
+        elif f.layout == "per-image" and f.names[-1] != f"{f.images - 1}.npy":
             rows["numbering"] = f"{f.names[0]} to {f.names[-1]}, with gaps"
         return [f"{name:<11} {value}" for name, value in rows.items()]
 
@@ -97,11 +100,27 @@ def survey(folder: Folder, codebook_size: int, show: bool = True) -> Survey:
     if first_outside is not None:
         problems.append(
             f"{outside} codes are outside the codebook of {codebook_size} (they span {low} to {high}), "
-            f"the first in {folder.file_of(first_outside)}, image {first_outside}"
+            f"the first in {folder.file_of(first_outside)}, image {folder.numbers[first_outside]}"
         )
+    problems += _altered(folder)
     images_of, wrong_labels = _count_labels(folder)
     duplicates = folder.images - len(np.unique(hashes))
     return Survey(folder, codebook_size, ids, low, high, images_of, duplicates, problems + wrong_labels)
+
+
+def _altered(folder: Folder) -> list[str]:
+    """The shards whose bytes are not those that the manifest has a hash of."""
+    m, place = folder.manifest, folder.place
+    found = []
+    for shard, sha256 in enumerate(m.shards_sha256 if m else ()):
+        rows = range(m.starts[shard], m.starts[shard + 1])
+        numbers = folder.numbers[rows.start : rows.stop] if m.layout == "per-image" else [shard]
+        if shard_digest(place, m.layout, numbers) != sha256:
+            what = f"{place.files(numbers[0], m.layout)[0].name} or its labels"
+            if m.layout == "per-image":
+                what = f"one of {len(numbers)} images from {what} on"
+            found.append(f"{place.codes}: {what} was changed after it was written: its sha256 is not the manifest's")
+    return found
 
 
 def _count_labels(folder: Folder) -> tuple[np.ndarray, list[str]]:
@@ -113,7 +132,7 @@ def _count_labels(folder: Folder) -> tuple[np.ndarray, list[str]]:
         expected = f"0 to {classes - 1}" if classes else "0 or more"
         problems.append(
             f"{len(wrong)} labels are out of range (expected {expected}), the first in {folder.place.labels}: "
-            f"image {wrong[0]} has label {labels[wrong[0]]}"
+            f"image {folder.numbers[wrong[0]]} has label {labels[wrong[0]]}"
         )
     return np.bincount(np.delete(labels, wrong), minlength=max(classes, 1)), problems
 

@@ -1,10 +1,13 @@
 """For tests and benchmarks: small random codes in a folder."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dataset.codes import Manifest, Place, Writer
+from utils.files import write_json
 
 CLASSES = ["a", "b", "c"]
 
@@ -22,11 +25,12 @@ def write_codes(
     seed: int = 0,
     codes: np.ndarray | None = None,
     labels: np.ndarray | None = None,
+    skipped: Sequence[int] = (),
     **more: object,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Write random (or these) codes (images, views, tokens) of data set `toy` and labels (images,); returns both.
 
-    seed: of the codes; the labels are the same for all. more: fields of the manifest.
+    seed: of the codes; the labels are the same for all. skipped: images to leave out. more: fields of the manifest.
     """
     manifest = Manifest(
         "toy", size, images, views, tokens, codebook, layout, shard_size, **{"classes": CLASSES, **more}
@@ -38,10 +42,22 @@ def write_codes(
     if labels is None:
         labels = np.random.default_rng(0).integers(3, size=images)
     for shard in range(manifest.shards):
-        rows = manifest.rows(shard)
-        writer.write(shard, codes[rows.start : rows.stop], labels[rows.start : rows.stop])
+        rows = [i for i in manifest.rows(shard) if i not in skipped]
+        gaps = [{"image": i, "path": f"a/{i}.png", "reason": "broken"} for i in manifest.rows(shard) if i in skipped]
+        writer.write(shard, codes[rows], labels[rows], gaps)
     writer.finish()
     return codes, labels
+
+
+def unfinish(root: Path, name: str = "toy32") -> None:
+    """Turn finished codes into those of a run that was killed just before the end."""
+    values = json.loads((root / f"{name}.json").read_text())
+    (root / f"{name}.json").unlink()
+    manifest = Manifest(**values)
+    for shard, sha256 in enumerate(manifest.shards_sha256):
+        skipped = [row for row in manifest.skipped if row["image"] in manifest.rows(shard)]
+        write_json(root / f"{name}.unfinished" / f"{shard:05d}.json", {"sha256": sha256, "skipped": skipped})
+    write_json(root / f"{name}.unfinished.json", {**values, "shards_sha256": []})
 
 
 def files(root: Path) -> dict[str, bytes]:

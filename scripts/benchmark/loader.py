@@ -30,7 +30,7 @@ def write_random(root: Path, manifest: Manifest) -> bool:
     writer = Writer(Place(root, DATASET, SIZE), manifest)
     if writer.finished:
         return False
-    writer.check_space()
+    writer.check_space(manifest.shards)
     writer.start()
     with progress(total=manifest.images, unit=" images", desc=f"writing {manifest.layout}") as bar:
         for shard in range(manifest.shards):

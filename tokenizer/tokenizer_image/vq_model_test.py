@@ -8,7 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tokenizer.tokenizer_image.vq_model import PRESETS, USAGE_LENGTH, VectorQuantizer, VQConfig, VQModel, preset
+from tokenizer.tokenizer_image.vq_model import (
+    PRESETS,
+    SEARCH_ELEMENTS,
+    USAGE_LENGTH,
+    VectorQuantizer,
+    VQConfig,
+    VQModel,
+    preset,
+)
 from utils.pixels import to_float
 from utils.testing import close, fill_by_formula, formula
 
@@ -194,7 +202,7 @@ def test_search_in_parts_equals_the_whole(monkeypatch):
     quantize = VectorQuantizer(VQConfig(codebook_size=50))
     z = torch.randn(2, 8, 7, 5, generator=torch.Generator().manual_seed(0))
     whole = quantize.codes(z)
-    monkeypatch.setattr("tokenizer.tokenizer_image.vq_model.SEARCH_ELEMENTS", 50 * 9)
+    monkeypatch.setitem(SEARCH_ELEMENTS, "cpu", 50 * 9)
     assert quantize.codes(z).equal(whole)
     unit = F.normalize(z.permute(0, 2, 3, 1).flatten(0, 2), dim=-1)
     assert torch.cdist(unit, quantize.lookup(torch.arange(50))).argmin(1).view(2, 7, 5).equal(whole)
