@@ -1,18 +1,22 @@
 """Crops against the published code's pixels, the order of an ImageFolder, and every way a folder can be wrong."""
 
+import errno
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torchvision import datasets
 
 from dataset.images import (
     VIEWS,
     ImageFolder,
+    Unreadable,
     center_crop,
+    center_crops,
     cut_views,
+    decode,
     load_image,
     load_images,
 )
@@ -123,3 +127,79 @@ def test_many_images_come_in_order_with_threads_and_without(tmp_path, monkeypatc
     batches = list(load_images(paths, 4, batch=4))
     assert [len(batch) for batch in batches] == [4, 4, 3]
     assert np.array_equal(np.concatenate(batches), np.stack([load_image(path, 4) for path in paths]))
+
+
+def test_sizes_share_their_halves_and_are_as_each_on_its_own(monkeypatch):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(256, size=(300, 410, 3), dtype=np.uint8))
+    sizes = (281, 33, 70, 35)
+    alone = [center_crop(image, size) for size in sizes]
+    made, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda *a: made.append(a[2]) or resize(*a))
+    together = center_crops(image, sizes)
+    assert all(map(np.array_equal, alone, together))
+    assert made.count(Image.Resampling.BOX) == 3
+    assert made.count(Image.Resampling.BICUBIC) == 4
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "LA", "RGBA", "P", "PA", "CMYK", "YCbCr", "I;16", "I", "F", "HSV"])
+def test_any_mode_is_converted_as_torchvision_does_or_is_unreadable(tmp_path, mode):
+    """In a TIFF, which keeps most modes, or in the format that does."""
+    pixels = np.random.default_rng(0).integers(65536 if mode == "I;16" else 256, size=(20, 30))
+    image = Image.fromarray(pixels.astype(np.uint16)) if mode == "I;16" else Image.fromarray(pixels.astype(np.uint8))
+    image = image if mode in ("I;16", "L") else image.convert("RGB").convert({"PA": "P"}.get(mode, mode))
+    path = tmp_path / "x.tif"
+    try:
+        image.save(path)
+    except OSError:
+        path = tmp_path / "x.png"
+        image.convert("RGB").save(path)
+    assert np.array_equal(np.array(decode(path)), np.array(datasets.folder.pil_loader(str(path))))
+
+
+def test_a_rotation_in_exif_is_not_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20), (9, 9, 9)).save(tmp_path / "x.jpg", exif=exif)
+    assert decode(tmp_path / "x.jpg").size == (40, 20)
+
+
+def test_one_pixel_is_an_image_and_a_thread_is_none(tmp_path):
+    Image.new("RGB", (1, 1), (9, 8, 7)).save(tmp_path / "one.png")
+    assert (load_image(tmp_path / "one.png", 16) == (9, 8, 7)).all()
+    with pytest.raises(Unreadable, match="1 x 60000 pixels would be scaled to 256 x 15360000"):
+        center_crops(Image.new("RGB", (1, 60000)), [256])
+
+
+def test_a_decompression_bomb_is_unreadable(tmp_path):
+    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
+    with pytest.raises(Unreadable, match="DecompressionBombError: Image size"):
+        decode(tmp_path / "bomb.png")
+
+
+def test_reasons_do_not_depend_on_where_and_when(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(b"")
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "gone.jpg")
+    for name, reason in (("x.jpg", "no image of a known format"), ("link.jpg", "No such file or directory")):
+        with pytest.raises(Unreadable, match=f"^{reason}$"):
+            decode(tmp_path / name)
+
+
+def test_a_machine_in_trouble_is_no_broken_image(tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(InputError, match=r"x\.png cannot be read \(Input/output error\): run the same command again"):
+        decode(tmp_path / "x.png")
+
+
+def test_a_decoder_may_fail_in_any_way(tmp_path, monkeypatch):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+
+    def fails(*_):
+        raise RuntimeError(f"bad {object()}")
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fails)
+    with pytest.raises(Unreadable, match=r"^RuntimeError: bad object$"):
+        decode(tmp_path / "x.png")

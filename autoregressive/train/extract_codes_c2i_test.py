@@ -1,6 +1,13 @@
 """Extraction: the codes of every view in both layouts, any number of processes, a run that was cut off, wrong inputs."""
 
+import io
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
@@ -10,14 +17,17 @@ import pytest
 import torch
 from PIL import Image
 
+from autoregressive.train import extract_codes_c2i
+from autoregressive.train.extraction import Behind, Encoder, fitting_batch
 from dataset.codes import Codes
 from dataset.codes.toy import unfinish
 from dataset.images import VIEWS, ImageFolder, cut_views, load_image
 from tokenizer.tokenizer_image.load import load_tokenizer
 from tokenizer.tokenizer_image.vq_model import PRESETS, VQModel, preset
 from utils import checkpoint
+from utils.cli import InputError
 from utils.pixels import to_float
-from utils.testing import assert_refused, fill_by_formula, run_script
+from utils.testing import ROOT, assert_refused, fill_by_formula, run_script
 
 SCRIPT = "autoregressive/train/extract_codes_c2i.py"
 
@@ -45,9 +55,25 @@ def vq_ckpt(tmp_path_factory):
 
 
 def extract(images, vq_ckpt, code_path, *flags, **options):
-    return run_script(
-        SCRIPT, "--data-path", images, "--vq-ckpt", vq_ckpt, "--code-path", code_path, "--dataset", "toy",
-        "--image-size", "16", "--shard-size", "4", "--batch-size", "8", *flags, **options,
+    return run_script(SCRIPT, *arguments(images, vq_ckpt, code_path, *flags), **options)
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Extract in this process, which is fast; returns what was printed. InputError where the command would say so."""
+
+    def run(images, vq_ckpt, code_path, *flags) -> str:
+        monkeypatch.setattr("sys.argv", [SCRIPT, *map(str, arguments(images, vq_ckpt, code_path, *flags))])
+        extract_codes_c2i.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def arguments(images, vq_ckpt, code_path, *flags) -> tuple:
+    return (
+        "--data-path", images, "--vq-ckpt", vq_ckpt, "--code-path", code_path, "--dataset", "toy",
+        "--image-size", "16", "--shard-size", "4", "--batch-size", "8", *flags,
     )  # fmt: skip
 
 
@@ -125,6 +151,183 @@ def test_a_published_tokenizer_by_the_published_command(images, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_several_crop_ranges_from_one_reading(images, vq_ckpt, tmp_path, here, monkeypatch):
+    """Each in its folder with the codes that it has alone; a range that is there is not made again."""
+    read = []
+    opened = Image.open
+    monkeypatch.setattr(Image, "open", lambda path: read.append(path) or opened(path))
+    flags = ("--ten-crop", "--crop-range", "1.1", "1.25")
+    out = here(images, vq_ckpt, tmp_path, *flags)
+    assert len(read) == 11
+    roots = [tmp_path / "crop-1.1", tmp_path / "crop-1.25"]
+    assert f"--code-path {roots[0]} {roots[1]}" in out
+    codes = Codes(roots, "toy", 16)
+    assert (codes.views, len(codes)) == (20, 11)
+    for k, crop_range in enumerate((1.1, 1.25)):
+        expected = one_by_one(images, vq_ckpt, "ten-crop", crop_range)
+        for view in range(10):
+            assert np.array_equal(codes.batch(np.arange(11), np.full(11, 10 * k + view))[0], expected[:, view])
+        assert Codes(roots[k], "toy", 16).manifest.crop_range == crop_range
+    whole = contents(tmp_path)
+    kept = (roots[0] / "toy16_codes" / "00001.npy").stat().st_mtime_ns
+    (roots[1] / "toy16_codes" / "00001.npy").unlink()
+    out = here(images, vq_ckpt, tmp_path, *flags)
+    assert f"{roots[0] / 'toy16_codes'} is complete already" in out
+    assert f"{roots[1] / 'toy16_codes'} is written" in out
+    assert contents(tmp_path) == whole
+    assert (roots[0] / "toy16_codes" / "00001.npy").stat().st_mtime_ns == kept
+    assert len(read) == 11 + 4
+
+
+def damages(rng: random.Random) -> dict[str, bytes]:
+    """Over forty files that are no good: cut, altered, of wrong headers, or nothing at all."""
+    pixels = Image.fromarray(np.random.default_rng(0).integers(256, size=(40, 60, 3), dtype=np.uint8))
+    bad = {"empty": b"", "text": b"not an image\n", "zeros": bytes(500), "noise": rng.randbytes(900)}
+    for kind in ("JPEG", "PNG", "BMP", "WEBP", "TIFF"):
+        file = io.BytesIO()
+        pixels.save(file, kind)
+        good = file.getvalue()
+        for share in (0.001, 0.1, 0.5, 0.9):
+            bad[f"{kind}-cut-{share}"] = good[: max(1, int(share * len(good)))]
+        bad[f"{kind}-zeroed"] = bytes(len(good))
+        bad[f"{kind}-no-header"] = good[16:]
+        bad[f"{kind}-magic"] = b"\x00\xff" + good[2:]
+        bad[f"{kind}-twice"] = good[:10] + good[:20]
+    file = io.BytesIO()
+    Image.new("1", (20000, 20000)).save(file, "PNG")
+    return {**bad, "bomb": file.getvalue()}
+
+
+@pytest.mark.parametrize("layout", ["packed", "per-image"])
+def test_damaged_files_are_recorded_and_shift_nothing(images, vq_ckpt, tmp_path, here, layout):
+    """Among good ones, which keep their numbers, labels and codes; also by worker processes, and when run again."""
+    expected = one_by_one(images, vq_ckpt, "single")
+    good, bad = ImageFolder(images), damages(random.Random(0))
+    assert len(bad) > 40
+    (tmp_path / "images").mkdir()
+    for i, path in enumerate(good.paths):
+        name = Path(good.names[i])
+        for folder in "abc":
+            (tmp_path / "images" / folder).mkdir(exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(Path(path).read_bytes())
+    for i, (name, content) in enumerate(bad.items()):
+        (tmp_path / "images" / "abc"[i % 3] / f"{i % 11:02d}-{name}.jpg").write_bytes(content)
+    mixed = ImageFolder(tmp_path / "images")
+    out = here(tmp_path / "images", vq_ckpt, tmp_path / "out", "--no-flip", "--layout", layout)
+    codes = Codes(tmp_path / "out", "toy", 16)
+    m = codes.manifest
+    broken = {name for name in mixed.names if Path(name).suffix == ".jpg"}
+    assert {row["path"] for row in m.skipped} == broken
+    assert all(mixed.names[row["image"]] == row["path"] and row["reason"] for row in m.skipped)
+    assert f"skipped {len(bad)} of {len(mixed)} images" in out
+    assert [mixed.names[i] for i in codes.folders[0].numbers] == good.names
+    got, labels = codes.batch(np.arange(11))
+    assert np.array_equal(got, expected[:, 0])
+    assert np.array_equal(labels, good.labels)
+    whole = contents(tmp_path / "out")
+    assert "is complete already" in here(
+        tmp_path / "images", vq_ckpt, tmp_path / "out", "--no-flip", "--layout", layout, "--num-workers", "2"
+    )
+    here(tmp_path / "images", vq_ckpt, tmp_path / "again", "--no-flip", "--layout", layout, "--num-workers", "2")
+    assert contents(tmp_path / "again") == whole
+
+
+def test_flipped_bytes_never_stop_it(images, vq_ckpt, tmp_path, here):
+    """A file with random wrong bytes is read as something or skipped, as Pillow has it; the others are as ever."""
+    rng, good = random.Random(0), Path(ImageFolder(images).paths[0])
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    buffers = {}
+    for kind in ("PNG", "JPEG", "BMP", "WEBP", "TIFF"):
+        file = io.BytesIO()
+        Image.open(good).save(file, kind)
+        buffers[kind] = file.getvalue()
+    for i in range(60):
+        content = bytearray(buffers[rng.choice(list(buffers))])
+        for _ in range(rng.choice((1, 5, 50))):
+            content[rng.randrange(len(content) if i % 2 else 40)] = rng.randrange(256)
+        (tmp_path / "images" / "a" / f"{i:02d}.jpg").write_bytes(content)
+    (tmp_path / "images" / "b").mkdir()
+    (tmp_path / "images" / "b" / "good.png").write_bytes(good.read_bytes())
+    here(tmp_path / "images", vq_ckpt, tmp_path / "out", "--no-flip")
+    codes = Codes(tmp_path / "out", "toy", 16)
+    assert 0 < len(codes.manifest.skipped) < 60
+    assert len(codes) + len(codes.manifest.skipped) == 61
+    got, labels = codes.batch(np.array([len(codes) - 1]))
+    assert np.array_equal(got[0], one_by_one(images, vq_ckpt, "single")[0, 0])
+    assert labels.tolist() == [1]
+
+
+def test_no_readable_image_at_all_is_one_line_and_no_manifest(vq_ckpt, tmp_path, here):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "images" / "a" / "x.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"none of the 1 images can be read; a/x\.png: no image of a known format"):
+        here(tmp_path / "images", vq_ckpt, tmp_path / "out")
+    assert not (tmp_path / "out" / "toy16.json").exists()
+
+
+def test_a_changed_tree_is_not_mixed_in(images, vq_ckpt, tmp_path, here):
+    here(images, vq_ckpt, tmp_path / "out")
+    copied = tmp_path / "images"
+    for name, path in zip(ImageFolder(images).names, ImageFolder(images).paths, strict=True):
+        (copied / name).parent.mkdir(parents=True, exist_ok=True)
+        (copied / name).write_bytes(Path(path).read_bytes())
+    assert "is complete already" in here(copied, vq_ckpt, tmp_path / "out")
+    (copied / "a" / "00.png").rename(copied / "a" / "zz.png")
+    with pytest.raises(InputError, match=r"other settings \(paths_sha256"):
+        here(copied, vq_ckpt, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_is_completed_to_the_same_bytes(images, vq_ckpt, tmp_path, here):
+    here(images, vq_ckpt, tmp_path / "whole", "--layout", "per-image")
+    rng = random.Random(0)
+    command = [sys.executable, SCRIPT, *map(str, arguments(images, vq_ckpt, tmp_path / "cut", "--layout", "per-image"))]
+    for _ in range(4):
+        run = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        while run.poll() is None and not (tmp_path / "cut" / "toy16.unfinished.json").exists():
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.3))
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    here(images, vq_ckpt, tmp_path / "cut", "--layout", "per-image")
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_a_write_that_fails_is_heard_of():
+    def fails():
+        raise InputError("the disk is full")
+
+    with pytest.raises(InputError, match="full"), Behind() as behind:
+        behind.submit(fails)
+    with pytest.raises(InputError, match="full"), Behind() as behind:
+        behind.submit(fails)
+        behind.submit(lambda: None)
+
+
+def test_batches_fit_and_are_powers_of_two():
+    cpu = torch.device("cpu")
+    sizes = [fitting_batch(PRESETS["VQ-16"], size, cpu) for size in (64, 128, 256, 384, 2048)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert (sizes[0], sizes[-1]) == (16, 1)
+    assert all(n & (n - 1) == 0 for n in sizes)
+    assert fitting_batch(PRESETS["VQ-4-small"], 32, cpu) == 128
+
+
+def test_bf16_and_any_batch_give_whole_codes():
+    model = fill_by_formula(VQModel(preset("VQ-4-small", codebook_size=300))).eval()
+    crops = [torch.randint(256, (3, 18, 18, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))]
+    make = lambda dtype, batch: Encoder(  # noqa: E731
+        model, torch.device("cpu"), batch_size=batch, precision=dtype, compiled=False
+    ).codes(crops, 16, "ten-crop")
+    plain = make(torch.float32, 4)
+    assert plain.shape == (3, 10, 16)
+    assert plain.equal(make(torch.float32, 64))
+    assert 0.5 < (make(torch.bfloat16, 4) == plain).float().mean() <= 1
+
+
 class TestWrongInputs:
     def refused(self, images, vq_ckpt, tmp_path, flags, *parts):
         assert_refused(extract(images, vq_ckpt, tmp_path / "out", *flags), *parts)
@@ -134,6 +337,15 @@ class TestWrongInputs:
         self.refused(images, vq_ckpt, tmp_path, ("--image-size", "18"), "--image-size 18", "multiple")
         flags = ("--ten-crop", "--crop-range", "0.9")
         self.refused(images, vq_ckpt, tmp_path, flags, "--crop-range 0.9", "at least 1")
+
+    def test_crop_ranges(self, images, vq_ckpt, tmp_path, here):
+        for flags, message in (
+            (("--crop-range", "1.1", "1.05"), "several are for --ten-crop, which is not given"),
+            (("--ten-crop", "--crop-range", "1.07", "1.1", "1.12"), "1.1 1.12: .*the same crop of 17 px"),
+        ):
+            with pytest.raises(InputError, match=message):
+                here(images, vq_ckpt, tmp_path / "out", *flags)
+        assert not (tmp_path / "out").exists()
 
     def test_folders(self, vq_ckpt, tmp_path):
         self.refused(tmp_path / "nowhere", vq_ckpt, tmp_path, (), "there is no folder", "nowhere")

@@ -99,6 +99,23 @@ def test_damaged_files_are_found(tmp_path, check):
     assert "3.npy is truncated or damaged" in wrong[0]
 
 
+@pytest.mark.parametrize("layout", ["packed", "per-image"])
+def test_altered_bytes_and_skipped_images_are_told(tmp_path, check, layout):
+    write_codes(tmp_path, layout, skipped=[4, 5])
+    status, out, _ = check(tmp_path)
+    assert status == 0
+    assert "skipped     2 images: 4 a/4.png (broken); 5 a/5.png (broken)" in out
+    path = tmp_path / "toy32_codes" / ("00001.npy" if layout == "packed" else "13.npy")
+    codes = np.load(path)
+    codes[0, 1, 3] ^= 1
+    np.save(path, codes)
+    status, _, wrong = check(tmp_path)
+    assert status == 1
+    assert len(wrong) == 1
+    assert ("00001.npy" if layout == "packed" else "10.npy") in wrong[0]
+    assert "was changed after it was written" in wrong[0]
+
+
 def test_gaps_in_published_numbers_are_told(tmp_path, check):
     write_codes(tmp_path, "per-image")
     for folder in ("toy32_codes", "toy32_labels"):

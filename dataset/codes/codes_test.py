@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset.codes import Codes, Manifest, Place, Writer, reader
-from dataset.codes.toy import write_codes
+from dataset.codes.toy import unfinish, write_codes
 from utils.cli import InputError
 
 
@@ -258,3 +258,101 @@ def test_many_files_are_read_by_threads_in_their_order(tmp_path, monkeypatch):
     (tmp_path / "toy32_codes" / "90.npy").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"90.npy is truncated or damaged"):
         folder.read(range(103))
+
+
+GAPS = [0, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 22]  # of 23 in shards of 10: the second shard is empty
+
+
+@pytest.mark.parametrize("layout", ["packed", "per-image"])
+def test_skipped_images_keep_their_numbers_and_shift_no_label(tmp_path, layout):
+    codes, labels = write_codes(tmp_path, layout, skipped=GAPS)
+    read = Codes(tmp_path, "toy", 32)
+    kept = np.delete(np.arange(23), GAPS)
+    assert (len(read), read.manifest.images) == (10, 23)
+    assert [row["image"] for row in read.manifest.skipped] == GAPS
+    assert np.array_equal(read.folders[0].numbers, kept)
+    got, got_labels = read.batch(np.arange(10), np.ones(10, int))
+    assert np.array_equal(got, codes[kept, 1])
+    assert np.array_equal(got_labels, labels[kept])
+    assert np.array_equal(read.folders[0].read(range(2, 10)), codes[kept[2:]])
+    if layout == "per-image":
+        assert sorted(int(p.stem) for p in (tmp_path / "toy32_codes").iterdir()) == kept.tolist()
+
+
+def test_folders_that_skipped_other_images_are_refused(tmp_path):
+    labels = np.zeros(23, int)
+    for name, gap in (("a", 3), ("b", 4), ("c", 3)):
+        write_codes(tmp_path / name, labels=labels, skipped=[gap])
+    assert Codes([tmp_path / "a", tmp_path / "c"], "toy", 32).views == 4
+    with pytest.raises(InputError, match=r"skipped images \[3\] and \[4\]"):
+        Codes([tmp_path / "a", tmp_path / "b"], "toy", 32)
+
+
+def as_format_1(path) -> None:
+    values = json.loads(path.read_text())
+    for key in ("precision", "paths_sha256", "skipped", "shards_sha256"):
+        values.pop(key)
+    path.write_text(json.dumps({**values, "format": 1}))
+
+
+@pytest.mark.parametrize("layout", ["packed", "per-image"])
+def test_manifests_of_format_1_are_read_and_completed(tmp_path, layout):
+    codes, labels = write_codes(tmp_path, layout)
+    whole = json.loads((tmp_path / "toy32.json").read_text())
+    as_format_1(tmp_path / "toy32.json")
+    read = Codes(tmp_path, "toy", 32)
+    assert np.array_equal(read.batch(np.arange(23))[0], codes[:, 0])
+    manifest = Manifest(**{**whole, "shards_sha256": []})
+    assert Writer(Place(tmp_path, "toy", 32), manifest).finished
+    (tmp_path / "toy32_codes" / ("00001.npy" if layout == "packed" else "13.npy")).unlink()
+    writer = Writer(Place(tmp_path, "toy", 32), manifest)
+    assert [writer.has(shard) for shard in range(3)] == [True, False, True]
+    writer.start()
+    writer.write(1, codes[10:20], labels[10:20])
+    writer.finish()
+    assert json.loads((tmp_path / "toy32.json").read_text()) == whole
+
+
+@pytest.mark.parametrize("layout", ["packed", "per-image"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_shard_is_there_when_its_bytes_are_right(tmp_path, layout, finished):
+    write_codes(tmp_path, layout, skipped=[3])
+    manifest = Manifest(**{**json.loads((tmp_path / "toy32.json").read_text()), "skipped": [], "shards_sha256": []})
+    if not finished:
+        unfinish(tmp_path)
+    place = Place(tmp_path, "toy", 32)
+    assert Writer(place, manifest).finished == finished
+    assert all(map(Writer(place, manifest).has, range(3)))
+    for folder in ("toy32_codes", "toy32_labels"):
+        path = tmp_path / folder / ("00001.npy" if layout == "packed" else "13.npy")
+        good = path.read_bytes()
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        assert [Writer(place, manifest).has(shard) for shard in range(3)] == [True, False, True]
+        assert not Writer(place, manifest).finished
+        path.write_bytes(good)
+    if not finished:
+        (tmp_path / "toy32.unfinished" / "00000.json").write_text("{")
+        assert not Writer(place, manifest).has(0)
+
+
+def test_what_a_kill_left_is_removed_and_an_image_that_cannot_be_read_any_more_has_no_file(tmp_path):
+    codes, labels = write_codes(tmp_path, "per-image")
+    manifest = Manifest(**{**json.loads((tmp_path / "toy32.json").read_text()), "shards_sha256": []})
+    for name in ("toy32_codes/.5.77.part.npy", ".toy32.77.part.json", ".toy32.unfinished.77.part.json"):
+        (tmp_path / name).write_bytes(b"half")
+    (tmp_path / ".toy320.77.part.json").write_bytes(b"another's")
+    writer = Writer(Place(tmp_path, "toy", 32), manifest)
+    writer.start()
+    assert [path.name for path in tmp_path.rglob(".*")] == [".toy320.77.part.json"]
+    rows = np.delete(np.arange(10), 5)
+    writer.write(0, codes[rows], labels[rows], [{"image": 5, "path": "x", "reason": "y"}])
+    assert not (tmp_path / "toy32_codes" / "5.npy").exists()
+    assert [row["image"] for row in writer.finish().skipped] == [5]
+    assert len(Codes(tmp_path, "toy", 32)) == 22
+
+
+def test_codes_are_not_written_into_a_folder_of_something_else(tmp_path):
+    write_codes(tmp_path, "per-image")
+    (tmp_path / "toy32.json").unlink()
+    with pytest.raises(InputError, match="holds files of something else"):
+        write_codes(tmp_path, "per-image")

@@ -52,6 +52,19 @@ def test_there_and_back_is_bit_for_bit(tmp_path_factory, images, shard_size, oth
     assert files(root / "again") == files(root / "a")
 
 
+def test_skipped_images_stay_skipped_there_and_back(tmp_path):
+    gaps = [0, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 22]
+    for name, layout in (("a", "packed"), ("b", "per-image")):
+        write_codes(tmp_path / name, layout, skipped=gaps)
+    convert(tmp_path / "a", tmp_path / "unpacked", "per-image")
+    assert files(tmp_path / "unpacked") == files(tmp_path / "b")
+    convert(tmp_path / "b", tmp_path / "packed", "packed")
+    assert files(tmp_path / "packed") == files(tmp_path / "a")
+    convert(tmp_path / "a", tmp_path / "other", "packed", 4)
+    convert(tmp_path / "other", tmp_path / "again", "packed", 10)
+    assert files(tmp_path / "again") == files(tmp_path / "a")
+
+
 def test_published_codes_are_packed(tmp_path):
     """Without a manifest: the numbers of the arrays, the published codebook unless told, no names."""
     codes, labels = write_codes(tmp_path / "a", "per-image", images=23)
