@@ -59,7 +59,7 @@ def parse() -> Namespace:
         "--precision",
         choices=("fp32", "bf16"),
         default="fp32",
-        help="bf16 is faster on GPUs, and some codes are others",
+        help="with bf16 some codes are others",
     )
     add("--compile", action=BooleanOptionalAction, default=None, help="torch.compile (default: on GPUs)")
     add("--strict", action="store_true", help="stop at an image that cannot be read instead of skipping it")

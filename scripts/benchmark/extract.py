@@ -91,7 +91,7 @@ def one_by_one(folder: ImageFolder, manifest: Manifest, tokenizer: VQModel, root
 
 
 class TimedEncoder(extraction.Encoder):
-    """An Encoder that adds up the seconds it takes, its normalisation and copies apart."""
+    """An Encoder that adds up the seconds it takes, with cutting views, normalising and quantising in them."""
 
     seconds = 0.0
 
