@@ -7,6 +7,7 @@ G key/value heads, Q = H / G queries of a group, C channels of a head, D width.
 import copy
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -174,6 +175,12 @@ class Draw(NamedTuple):
         return draw(probabilities(logits_BV, self.temperature, self.top_k, self.top_p), uniforms_B)
 
 
+def many_graphs() -> AbstractContextManager:
+    """Let torch.compile make a graph for each bucket, guided or not; by default it gives up after eight."""
+    config = torch._dynamo.config
+    return config.patch({"recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit": 1000})
+
+
 class Decoder:
     """Decodes batches of up to `batch` images; caches, and graphs on a GPU, are made once and serve every batch.
 
@@ -304,7 +311,7 @@ class Decoder:
         guided = [t for t, scale in enumerate(scales_L) if scale > 1]
         first, stop = (guided[0], guided[-1] + 1) if guided else (L, L)
         choose = Draw(uniforms_BL is None, temperature, top_k, top_p)
-        with torch._dynamo.config.patch(recompile_limit=1000):  # a graph for each bucket, guided or not
+        with many_graphs() if self.compiled else nullcontext():
             for t in range(L):
                 if 0 < t == first:
                     self._catch_up(t, nulls)

@@ -58,8 +58,13 @@ def add_flags(parser: ArgumentParser) -> None:
 
 
 def use_published(args: Namespace, *flags: str) -> None:
-    """Give these flags, where they were not given, the setting that published weights' figures were drawn with; say so."""
+    """Give these flags, where they were not given, the setting that published weights' figures were drawn with; say so.
+
+    Only at the published image size: at another one the weights were trained for something else.
+    """
     settings = published_sampling(args.gpt_ckpt)
+    if args.image_size not in (None, settings.get("image_size")):
+        return
     taken = {flag: settings[flag] for flag in flags if flag in settings and getattr(args, flag) is None}
     for flag, value in taken.items():
         setattr(args, flag, value)

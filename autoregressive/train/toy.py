@@ -1,11 +1,11 @@
 """For tests and benchmarks: a small folder of codes, and the training command on it."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from dataset.codes import toy
+from utils.log import read_metrics
 
 SCRIPT = "autoregressive/train/train_c2i.py"
 
@@ -28,6 +28,5 @@ def flags(code_path: Path, results: Path) -> list[str]:
 
 
 def rows(folder: Path, key: str) -> list[float]:
-    """The values of a key in a run's metrics."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [row[key] for row in map(json.loads, lines) if key in row]
+    """The values of a key in a run's metrics, also while it is writing them."""
+    return [row[key] for row in read_metrics(folder) if key in row]
