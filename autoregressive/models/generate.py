@@ -78,8 +78,8 @@ def draw(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
 class PackedLinear(nn.Module):
     """nn.Linear without bias on a CPU, its float32 weight in oneDNN's own order.
 
-    For the few rows of a decoding step it is 2 to 4 times as fast as F.linear on an AMD processor
-    (scripts/benchmark/sample.py), and a row's result is the same whatever the number of rows, from two rows on.
+    On an AMD processor a product takes less than half of the time of F.linear (scripts/benchmark/sample.py prints both
+    rates), and a row's result is the same whatever the number of rows, from two rows on.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -121,7 +121,7 @@ class Position(NamedTuple):
 
 
 def mix(weights_RGQn: Tensor, values_RGLC: Tensor, bags: tuple[Tensor, Tensor]) -> Tensor:
-    """weights @ values[:, :, :n], as EmbeddingBag sums weighted rows: at twice the rate of a batched product on CPUs.
+    """weights @ values[:, :, :n], as EmbeddingBag sums weighted rows: on CPUs faster than a batched product.
 
     bags: the rows (R G Q n,) of the values, and where each of the R G Q sums starts.
     """

@@ -162,7 +162,7 @@ class Pipeline:
         self.decoder = Decoder(self.gpt.to(device), batch, dtype, compiled)
         self.tokenizer.to(device, memory_format=torch.channels_last)
         self._decode = torch.compile(self.tokenizer.decode_code) if compiled else self.tokenizer.decode_code
-        # On a CPU a batch is no faster, takes memory (300 MB an image of 256 px), and changes the last bits.
+        # On a CPU a batch is no faster, takes more memory, and changes the last bits.
         self.decode_batch = 32 if device.type == "cuda" else 1
         return self
 
