@@ -1,15 +1,17 @@
 """Checkpoints: ours and the published ones are read, damaged and malicious ones are refused in one line."""
 
 import argparse
+import errno
 import os
-from pathlib import Path
+from collections import Counter, defaultdict
+from pathlib import Path, PureWindowsPath
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from utils import checkpoint
-from utils import weights as safetensors
 from utils.cli import InputError
 
 
@@ -69,8 +71,11 @@ class TestForms:
         assert found["args"] == args
         assert same(checkpoint.state_dict(found), weights())
 
-    @pytest.mark.parametrize("key", ["model", "module", "state_dict", None])
-    @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+    @pytest.mark.parametrize("key", ["model", "module", "state_dict", "net", None])
+    @pytest.mark.parametrize(
+        "prefix",
+        ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "gpt.", "model.net."],
+    )
     def test_wrappers_are_taken_off(self, key, prefix):
         """DistributedDataParallel and torch.compile, in either order; DeepSpeed's files; bare state dicts."""
         state = {prefix + name: tensor for name, tensor in weights().items()}
@@ -87,9 +92,15 @@ class TestForms:
         }
         assert same(checkpoint.state_dict({"model": wrapped}), weights())
 
-    def test_auto_is_ema_where_there_is_one(self):
+    def test_auto_is_ema_where_our_files_have_one(self):
         moved = {name: tensor + 1 for name, tensor in weights().items()}
-        assert same(checkpoint.state_dict({"model": weights(), "ema": moved}, "auto"), moved)
+        others = {"model": weights(), "ema": moved, "args": argparse.Namespace()}
+        assert same(checkpoint.state_dict(others, "auto"), weights())
+        assert same(checkpoint.state_dict({**others, "config": {}, "args": {}}, "auto"), moved)
+        for key in checkpoint.AVERAGES:
+            assert same(checkpoint.state_dict({"model": None, key: moved}, "auto"), moved)
+            with pytest.raises(InputError, match="no weights but EMA weights"):
+                checkpoint.state_dict({key: moved})
         assert same(checkpoint.state_dict({"model": weights()}, "auto"), weights())
         assert same(checkpoint.state_dict(weights(), "auto"), weights())
 
@@ -109,8 +120,33 @@ class TestForms:
             checkpoint.state_dict(content, "best")
 
     def test_weights_that_are_none_are_refused(self):
-        with pytest.raises(InputError, match="weights are a NoneType; expected a dict"):
+        with pytest.raises(InputError, match="no EMA weights"):
             checkpoint.state_dict({"model": weights(), "ema": None}, "ema")
+
+    def test_computed_buffers_of_others_are_left_out_with_a_note(self, capsys):
+        state = {**weights(), "layers.0.causal_mask": torch.ones(2, 2)}
+        assert same(checkpoint.state_dict({"model": state}), weights())
+        assert "layers.0.causal_mask" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("zipped", [True, False])
+    def test_plain_data_of_others_is_read(self, tmp_path, zipped):
+        """Numbers and arrays of NumPy, paths (as text), defaultdicts (as dicts), sets."""
+        content = {
+            "model": weights(),
+            "fid": np.float64(3.5),
+            "steps": np.int64(7),
+            "array": np.arange(4),
+            "args": argparse.Namespace(folder=Path("a/b"), windows=PureWindowsPath("c:/d")),
+            "meters": defaultdict(list, loss=[1.0]),
+            "counts": Counter("aab"),
+            "names": {"x"},
+        }
+        torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+        found = checkpoint.load(tmp_path / "a.pt")
+        assert (found["fid"], found["steps"], found["array"].tolist()) == (3.5, 7, [0, 1, 2, 3])
+        assert (found["args"].folder, found["args"].windows) == ("a/b", "c:\\d")
+        assert type(found["meters"]) is dict and found["meters"] == {"loss": [1.0]}
+        assert (found["counts"], found["names"]) == (Counter("aab"), {"x"})
 
 
 class TestRefusals:
@@ -133,6 +169,34 @@ class TestRefusals:
             path.write_bytes(whole[:size])
             with pytest.raises(InputError, match=expected):
                 checkpoint.load(path)
+
+    @pytest.mark.parametrize("mmap", [True, False])
+    def test_flipped_bits(self, tmp_path, mmap):
+        path = tmp_path / "a.pt"
+        checkpoint.save(path, {"model": {"w": torch.full((1000,), 1.5)}})
+        checkpoint.load(path, mmap)
+        content = bytearray(path.read_bytes())
+        content[content.index(torch.full((9,), 1.5).numpy().tobytes()) + 400] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"a\.pt is damaged: the bytes of \S*data/0 in it have changed"):
+            checkpoint.load(path, mmap)
+
+    def test_a_full_disk(self, tmp_path, monkeypatch):
+        def fail(_content, temporary):
+            Path(temporary).write_bytes(b"half")
+            raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+        monkeypatch.setattr(torch, "save", fail)
+        with pytest.raises(OSError) as refusal:
+            checkpoint.save(tmp_path / "a.pt", {})
+        assert (refusal.value.errno, refusal.value.filename) == (errno.ENOSPC, str(tmp_path / "a.pt"))
+        assert not list(tmp_path.iterdir())
+
+    def test_values_that_are_not_finite(self):
+        checkpoint.check_finite({**weights(), "big": torch.full((9,), 3e38), "ids": torch.ones(2).long()}, "a.pt")
+        for value in (float("nan"), float("inf")):
+            with pytest.raises(InputError, match=r"a\.pt: bad has values that are not finite"):
+                checkpoint.check_finite({**weights(), "bad": torch.tensor([1.0, value]).bfloat16()}, "a.pt")
 
     def test_another_kind_of_file(self, tmp_path):
         """A web page or a Git LFS pointer in place of the weights; torch's advice to read it unsafely is not passed on."""
@@ -182,10 +246,17 @@ class TestMapped:
 
 
 class TestSafetensors:
+    STATE = {
+        "a.weight": torch.arange(600.0).view(20, 30),
+        "a.bias": torch.ones(5, dtype=torch.bfloat16),
+        "n": torch.zeros(3),
+    }
+    ABOUT = {"config": {"dim": 3, "levels": [1, 2]}, "gpt_model": "GPT-B", "steps": 7}
+
     def test_a_file_and_a_folder_are_read_as_checkpoints(self, tmp_path):
         about = {"config": {"dim": 3}, "gpt_model": "GPT-B", "steps": 7, "classes": ["a", "b"]}
-        safetensors.write_file(tmp_path / "a.safetensors", weights(), about)
-        safetensors.write_folder(tmp_path / "folder", weights(), about, "# card")
+        checkpoint.save_safetensors(tmp_path / "a.safetensors", weights(), about)
+        checkpoint.save_folder(tmp_path / "folder", weights(), about)
         for source in (tmp_path / "a.safetensors", tmp_path / "folder"):
             found = checkpoint.load(source)
             state = checkpoint.state_dict(found)
@@ -193,47 +264,65 @@ class TestSafetensors:
             assert checkpoint.about(found) == about
 
     def test_a_truncated_one_is_refused(self, tmp_path):
-        safetensors.write_file(tmp_path / "a.safetensors", weights(), {})
+        checkpoint.save_safetensors(tmp_path / "a.safetensors", weights(), {})
         whole = (tmp_path / "a.safetensors").read_bytes()
         for size in range(0, len(whole), 7):
             (tmp_path / "a.safetensors").write_bytes(whole[:size])
             with pytest.raises(InputError, match=r"is missing, truncated or no safetensors file: copy or download"):
                 checkpoint.load(tmp_path / "a.safetensors")
 
+    def test_shards_are_read_as_one(self, tmp_path):
+        checkpoint.save_folder(tmp_path, self.STATE, self.ABOUT, shard=1000)
+        names = sorted(path.name for path in tmp_path.iterdir())
+        assert "model.safetensors.index.json" in names and "model-00002-of-00002.safetensors" in names
+        found = checkpoint.load(tmp_path)
+        assert {key: found[key] for key in self.ABOUT} == self.ABOUT
+        assert found["model"].keys() == self.STATE.keys()
+        assert all(found["model"][name].equal(tensor) for name, tensor in self.STATE.items())
+        assert found["model"]["a.bias"].dtype == torch.bfloat16
+
+    def test_a_folder_without_our_key(self, tmp_path):
+        """Written by others: the whole of config.json is the config."""
+        checkpoint.save_folder(tmp_path, self.STATE, {})
+        (tmp_path / "config.json").write_text('{"dim": 5}')
+        found = checkpoint.load(tmp_path)
+        assert found["config"] == {"dim": 5} and set(found) == {"config", "model"}
+
+    def test_a_shard_that_is_missing_or_incomplete(self, tmp_path):
+        checkpoint.save_folder(tmp_path, self.STATE, self.ABOUT, shard=1000)
+        shard = tmp_path / "model-00002-of-00002.safetensors"
+        held = checkpoint.load(shard)["model"]
+        checkpoint.save_safetensors(shard, {"other": torch.zeros(1)}, {})
+        with pytest.raises(InputError, match=f"lacks {next(iter(held))}"):
+            checkpoint.load(tmp_path)
+        shard.unlink()
+        with pytest.raises(InputError, match=rf"{shard.name} \(0 bytes\) is missing"):
+            checkpoint.load(tmp_path)
+
+    def test_an_index_does_not_lead_out_of_its_folder(self, tmp_path):
+        (tmp_path / "in").mkdir()
+        checkpoint.save_safetensors(tmp_path / "x.safetensors", self.STATE, {})
+        (tmp_path / "in" / "model.safetensors.index.json").write_text('{"weight_map": {"n": "../x.safetensors"}}')
+        with pytest.raises(InputError, match="names a file outside its folder"):
+            checkpoint.load(tmp_path / "in")
+
+    def test_wrong_folders(self, tmp_path):
+        with pytest.raises(InputError, match=r"holds neither model\.safetensors nor model\.safetensors\.index\.json"):
+            checkpoint.load(tmp_path)
+        (tmp_path / "config.json").write_text("[1")
+        with pytest.raises(InputError, match=r"config\.json is not valid JSON"):
+            checkpoint.load(tmp_path)
+
 
 class TestDescribe:
     def test_source_size_dtype_kind_and_steps(self):
-        content = {"model": weights(), "ema": weights(), "steps": 12}
+        content = {"model": weights(), "ema": weights(), "steps": 12, "config": {}, "args": {}}
         line = checkpoint.describe("a.pt", content, "auto", weights())
         assert line == "a.pt: 0.0M parameters, float32, EMA weights, 12 steps"
         half = {name: tensor.half() for name, tensor in weights().items()} | {"codebook_used": torch.zeros(1000000)}
         assert checkpoint.describe("a.pt", half, "auto", half) == "a.pt: 0.0M parameters, float16, raw weights"
         both = {**half, "fc.bias": weights()["fc.bias"]}
         assert "float16/float32" in checkpoint.describe("a.pt", both, "auto", both)
-
-
-class TestAdopt:
-    def test_the_model_has_the_files_own_tensors(self):
-        state = weights()
-        with torch.device("meta"):
-            model = nn.ModuleDict({"fc": nn.Linear(3, 2)})
-        checkpoint.adopt_weights(model, state)
-        assert model["fc"].weight.data_ptr() == state["fc.weight"].data_ptr()
-        assert model["fc"].weight.requires_grad
-
-    def test_one_dtype(self):
-        for given, asked, expected in (
-            ("bias", None, "float32"),
-            ("both", None, "bfloat16"),
-            ("both", "float32", "float32"),
-        ):
-            with torch.device("meta"):
-                model = nn.Linear(3, 2)
-            state = {"weight": torch.ones(2, 3, dtype=torch.bfloat16), "bias": torch.ones(2)}
-            if given == "both":
-                state["bias"] = state["bias"].bfloat16()
-            checkpoint.adopt_weights(model, state, getattr(torch, asked) if asked else None)
-            assert {str(p.dtype) for p in model.parameters()} == {f"torch.{expected}"}
 
 
 class TestFit:

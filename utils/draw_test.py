@@ -1,8 +1,10 @@
 """Pictures: what is drawn where."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from utils.cli import InputError
 from utils.draw import curves, image_grid, save_image
 
 GAP = 2
@@ -48,3 +50,23 @@ def test_pictures_are_written_whole(tmp_path):
     )
     assert np.array(Image.open(tmp_path / "loss.png").convert("L")).std() > 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "new"]
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "\udcff", "$x^", "x" * 10**6, "", "中文"])
+def test_names_of_files_and_folders_are_labels(tmp_path, name):
+    """Whatever they hold: a manifest's classes, a results folder."""
+    assert max(image_grid(IMAGES, columns=5, row_names=[name]).size) < 2000
+    curves(tmp_path / "a.png", {name: ([0, 1], [1, 2])}, x_label="x", y_label="y", title=name)
+    assert (tmp_path / "a.png").is_file()
+
+
+def test_a_grid_too_large_is_one_line():
+    with pytest.raises(InputError, match="give a smaller --scale or fewer images"):
+        image_grid(IMAGES, columns=5, scale=2**31 - 1)
+
+
+def test_a_picture_too_large_for_its_format_is_one_line(tmp_path):
+    for suffix in ("webp", "jpg"):
+        with pytest.raises(InputError, match=r"70000 x 1 pixels cannot be written in this format .* ends in .png"):
+            save_image(tmp_path / f"a.{suffix}", Image.new("RGB", (70_000, 1)))
+    assert not list(tmp_path.iterdir())

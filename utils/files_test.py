@@ -1,5 +1,6 @@
 """Files appear whole or not at all."""
 
+import errno
 import hashlib
 import json
 
@@ -33,6 +34,18 @@ def test_an_error_before_anything_was_written_is_the_one_that_is_seen(tmp_path):
     with pytest.raises(RuntimeError, match="mine"), atomic_path(tmp_path / "file.txt"):
         raise RuntimeError("mine")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_write_that_fails_names_the_file(tmp_path):
+    path = tmp_path / "file.txt"
+    for name in ((), (str(tmp_path / ".other"),)):
+        with pytest.raises(OSError) as caught, atomic_path(path):
+            raise OSError(errno.ENOSPC, "No space left on device", *name)
+        assert caught.value.filename == (name[0] if name else str(path))
+    with pytest.raises(OSError) as caught, atomic_path(path) as temporary:
+        temporary.mkdir()
+        temporary.write_text("x")
+    assert caught.value.filename == str(path)
 
 
 def test_what_is_not_json_leaves_the_old_file(tmp_path):

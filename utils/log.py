@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +68,15 @@ def event_writer() -> type:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The objects of a run's metrics.jsonl, in order; a last line cut short by a kill is left out."""
+    """The objects of a run's metrics.jsonl, in order; lines that are none, such as one cut short by a kill, are left out."""
     path = Path(folder) / "metrics.jsonl"
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text().splitlines():
-        try:
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(json.JSONDecodeError, RecursionError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 def forget_after(folder: str | Path, step: int) -> None:

@@ -1,10 +1,9 @@
-"""Run folders: `RESULTS/000-NAME/` with run.json, log.txt, metrics.jsonl and checkpoints/; the same command continues
-the newest run."""
+"""Run folders: run.json, log.txt, metrics.jsonl and checkpoints/. The same command continues the newest run.
 
-import fcntl
-import json
-import os
-import queue
+GPTs are trained in numbered folders, RESULTS/000-NAME/; a tokenizer or classifier in one folder of its own.
+"""
+
+import re
 import shutil
 import threading
 import time
@@ -12,43 +11,154 @@ import uuid
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
+from types import MappingProxyType
 from typing import Any, TextIO
 
 from utils import checkpoint
 from utils.cli import InputError
-from utils.files import write_json
+from utils.files import check_folder, hold, remove_remains
 from utils.log import RunLog
+from utils.records import Record
+from utils.settings import differences
+
+CHECKPOINT = re.compile(r"\d{7,}\.pt")
+
+
+class RunRecord(Record):
+    """run.json: a run's name for its copies, its arguments as plain data, and whether nothing is left to do."""
+
+    id: str
+    args: dict[str, Any]
+    finished: bool = False
 
 
 @dataclass
 class Run:
-    """A run's folder, held by this process: no other one opens it. `changed` says what is new in a continued one's
-    arguments, `finished` whether nothing is left to do."""
+    """A run's folder, held by this process: no other one opens it. `notes` are lines for its log."""
 
     folder: Path
-    id: str = ""
-    finished: bool = False
-    changed: list[str] = field(default_factory=list)
+    record: RunRecord
+    notes: list[str] = field(default_factory=list)
     _lock: TextIO | None = field(default=None, repr=False)
 
     @property
-    def checkpoints(self) -> list[Path]:
-        """The checkpoints, newest first."""
-        return numbered(self.folder / "checkpoints")
+    def finished(self) -> bool:
+        return self.record.finished
 
     def finish(self) -> None:
         """Mark the run as done."""
-        record = json.loads((self.folder / "run.json").read_text())
-        write_json(self.folder / "run.json", {**record, "finished": True})
+        self.record = self.record.model_copy(update={"finished": True})
+        self.record.write(self.folder / "run.json")
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self._lock:
+            self._lock.close()
+
+    def without_lock(self) -> "Run":
+        """The run as other processes know it."""
+        return Run(self.folder, self.record, self.notes)
 
 
-def numbered(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, newest first."""
-    return sorted(folder.glob("[0-9]*.pt"), key=lambda path: int(path.stem), reverse=True)
+def open_run(
+    results: Path,
+    name: str | None,
+    args: Mapping[str, Any],
+    free: Collection[str] = (),
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    fresh: bool = False,
+    start_flag: str = "",
+) -> Run:
+    """The run that these arguments (plain data) continue, or a new one, in RESULTS/000-NAME; in RESULTS without a name.
+
+    Two runs are the same if their arguments agree but for those in `free`. The newest such run is continued. If there is
+    none and the newest run of this name is unfinished, InputError says what differs. defaults: of arguments that older runs
+    did not record. fresh: a new folder in any case. start_flag: the flag that starts a run from given weights, named where a
+    longer run than a finished one is asked for.
+    Raises InputError, too, if another process holds the run.
+    """
+    check_folder(results)
+    if name is None:
+        known = [(results, record)] if (record := RunRecord.read_if_present(results / "run.json")) else []
+    else:
+        known = [
+            (folder, record)
+            for folder in numbered_folders(results, name)
+            if (record := RunRecord.read_if_present(folder / "run.json"))
+        ]
+    notes: list[str] = []
+    for folder, record in known if not fresh else ():
+        changed = differences(record.args, args, free, defaults)
+        if not changed:
+            lock = hold(folder / "lock", str(folder), "wait for it, or start another run with --fresh")
+            remove_remains(folder)
+            remove_remains(folder / "checkpoints")
+            notes = [
+                f"changed since the run was started: {text}"
+                for text in differences(record.args, args, defaults=defaults)
+            ]
+            return Run(folder, RunRecord.read(folder / "run.json"), notes, lock)
+    if known and not fresh:
+        folder, record = known[0]
+        changed = differences(record.args, args, free, defaults)
+        if not record.finished or name is None:
+            advice = "give it the old values to continue it, or --fresh to start another run"
+            if name is None:
+                advice = "give it the old values to continue it, or another folder"
+            state = "finished" if record.finished else "unfinished"
+            if not _held(folder) or name is None:
+                raise InputError(f"{folder} is {state} and was started with {', '.join(changed[:4])}: {advice}")
+        elif start_flag:
+            newest = next(iter(checkpoints_of(folder)), None)
+            notes.append(
+                f"note: {folder} is finished and was trained with {', '.join(changed[:4])}: this run starts from nothing"
+                + (f"; {start_flag} {newest} starts from its weights" if newest else "")
+            )
+    folder = results if name is None else _new_folder(results, name)
+    lock = hold(folder / "lock", str(folder))  # held before run.json makes it a run
+    record = RunRecord(id=uuid.uuid4().hex[:8], args=dict(args))
+    record.write(folder / "run.json")
+    return Run(folder, record, notes, lock)
 
 
-class Keeper:
-    """Writes a run's checkpoints, copies them to a second folder and drops old ones.
+def numbered_folders(results: Path, name: str | None = None) -> list[Path]:
+    """The folders 000-NAME of results (of any name for None), newest first; others are passed over."""
+    pattern = re.compile(r"(\d{3,})-" + (re.escape(name) if name else ".+"))
+    found = [(int(m[1]), path) for path in results.glob("*-*") if (m := pattern.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _new_folder(results: Path, name: str) -> Path:
+    while True:
+        newest = next(iter(numbered_folders(results)), None)
+        number = 1 + int(newest.name.partition("-")[0]) if newest else 0
+        folder = results / f"{number:03d}-{name}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if not folder.exists():  # it is something else than a folder that another run has just made
+                raise
+
+
+def _held(folder: Path) -> bool:
+    try:
+        hold(folder / "lock", str(folder)).close()
+    except InputError:
+        return True
+    return False
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The checkpoints of a run, newest first; files of other names are passed over."""
+    paths = [path for path in (folder / "checkpoints").glob("*.pt") if CHECKPOINT.fullmatch(path.name)]
+    return sorted(paths, key=lambda path: int(path.stem), reverse=True)
+
+
+class CheckpointManager:
+    """Writes a run's checkpoints, copies them to a second folder, drops old ones and finds the newest whole one.
 
     keep_last: the newest so many stay (0: all), and those of the steps in `kept`. cloud: a folder of this run alone where
     copies go, in the background; what goes wrong there is a line in the log.
@@ -57,15 +167,19 @@ class Keeper:
     def __init__(
         self, folder: Path, log: RunLog, keep_last: int = 0, kept: Collection[int] = (), cloud: Path | None = None
     ) -> None:
-        self.folder, self.log, self.cloud = folder / "checkpoints", log, cloud
+        self.folder, self.log, self.cloud = folder, log, cloud
         self.keep_last, self.kept = keep_last, kept
-        self._wanted: queue.Queue[Path] = queue.Queue()
+        self._queue: SimpleQueue[Path] = SimpleQueue()
         self._uncopied: set[Path] = set()
         self._worker: threading.Thread | None = None
 
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints, newest first."""
+        return checkpoints_of(self.folder)
+
     def save(self, step: int, content: Mapping[str, Any]) -> Path:
         """Write {step:07d}.pt, ask for its copy, and drop what need not be kept."""
-        path = self.folder / f"{step:07d}.pt"
+        path = self.folder / "checkpoints" / f"{step:07d}.pt"
         checkpoint.save(path, content)
         self.log.line(f"saved {path}")
         if self.cloud:
@@ -73,32 +187,53 @@ class Keeper:
         self._drop(path)
         return path
 
+    def newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint that can be read, with its content; damaged newer ones are set aside.
+
+        Raises InputError if there are checkpoints and none of them is whole.
+        """
+        damaged: list[tuple[Path, str]] = []
+        for path in self.checkpoints():
+            try:
+                content = checkpoint.load(path, mmap=True)
+            except InputError as error:
+                damaged.append((path, str(error)))
+                continue
+            for other, error in damaged:  # it must not count as one of the newest
+                self.log.line(f"warning: {error}; it is set aside")
+                other.rename(other.with_suffix(".damaged"))
+            return path, content
+        if damaged:
+            raise InputError(f"no checkpoint is whole: {damaged[0][1]}; or start another run with --fresh")
+        return None
+
     def copy(self, path: Path) -> None:
         """Ask for a copy of a checkpoint in the cloud folder, unless this run has left one of its size there."""
         if self._worker is None:  # a daemon: a mount that hangs must not keep a pre-empted run from ending
-            self._worker = threading.Thread(target=self._work, daemon=True)
+            self._worker = threading.Thread(target=self._copy_queued, daemon=True)
             self._worker.start()
         self._uncopied.add(path)
-        self._wanted.put(path)
+        self._queue.put(path)
 
-    def close(self, go_on: Callable[[], bool] = lambda: True) -> None:
-        """Wait for the copies, as long as go_on() is true; those that are not made are made when the run is opened again."""
+    def close(self, *, deadline: float | None = None, until: Callable[[], bool] = lambda: False) -> None:
+        """Wait for the copies, `deadline` seconds at most and until until(); the next start makes those that are missing."""
         if self._uncopied:
             self.log.line(f"waiting for copies to {self.cloud}")
-        while self._wanted.unfinished_tasks and go_on():
+        start = time.monotonic()
+        while self._uncopied and not until() and (deadline is None or time.monotonic() < start + deadline):
             time.sleep(0.05)
 
     def _drop(self, newest: Path) -> None:
         if not self.keep_last:
             return
-        others = [path for path in numbered(self.folder) if int(path.stem) not in self.kept]
+        others = [path for path in self.checkpoints() if int(path.stem) not in self.kept]
         for path in others[self.keep_last :]:
             if path not in self._uncopied and path != newest:
                 path.unlink(missing_ok=True)
 
-    def _work(self) -> None:
+    def _copy_queued(self) -> None:
         while True:
-            path = self._wanted.get()
+            path = self._queue.get()
             target = self.cloud / "checkpoints" / path.name
             part = target.with_suffix(".part")
             try:
@@ -110,78 +245,3 @@ class Keeper:
                 self.log.line(f"warning: no copy of {path.name} in {self.cloud} ({error}); the local file is whole")
             finally:
                 self._uncopied.discard(path)
-                self._wanted.task_done()
-
-
-def open_run(
-    results: Path, name: str, args: Mapping[str, Any], fixed: Collection[str] = (), fresh: bool = False
-) -> Run:
-    """The run that these arguments (plain data) continue, or a new folder: RESULTS/000-NAME.
-
-    Two runs are the same if the arguments named in `fixed` are equal. The newest such run is continued; if there is none
-    and the newest run of this name is unfinished, InputError says what differs. fresh: a new folder in any case.
-    Raises InputError, too, if another process holds the run.
-    """
-    numbered = sorted(results.glob(f"[0-9][0-9][0-9]*-{name}"), key=lambda path: int(path.name.partition("-")[0]))
-    known = [(folder, _record(folder)) for folder in reversed(numbered) if (folder / "run.json").is_file()]
-    if not fresh:
-        for folder, record in known:
-            if not _changes(record["args"], args, fixed):
-                lock = _hold(folder)
-                if lock is None:
-                    raise InputError(
-                        f"{folder} is being trained by another process; wait for it, or start another run with --fresh"
-                    )
-                for remains in (folder / "checkpoints").glob(".*.part.*"):  # of a save that was killed
-                    remains.unlink()
-                finished, changed = record.get("finished", False), _changes(record["args"], args)
-                return Run(folder, record.get("id", ""), finished, changed, lock)
-        if known and not known[0][1].get("finished", False):
-            folder, record = known[0]
-            lock = _hold(folder)
-            if lock is not None:
-                lock.close()
-                raise InputError(
-                    f"{folder} is unfinished and was started with {', '.join(_changes(record['args'], args, fixed))}: "
-                    "give it the old values to continue it, or --fresh to start another run"
-                )
-    while True:
-        number = 1 + max((int(path.name.partition("-")[0]) for path in results.glob("[0-9][0-9][0-9]*-*")), default=-1)
-        folder = results / f"{number:03d}-{name}"
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:  # another run was quicker
-            continue
-    lock, run_id = _hold(folder), uuid.uuid4().hex[:8]  # held before run.json makes it a run
-    write_json(folder / "run.json", {"id": run_id, "args": dict(args), "finished": False})
-    return Run(folder, run_id, _lock=lock)
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "run.json").read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"{folder / 'run.json'} is damaged ({error}): delete the folder or mend it") from None
-
-
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any], names: Collection[str] | None = None) -> list[str]:
-    """What differs: `lr 0.0001, now 0.0002`. An argument that an older version did not have is left out."""
-    names = new.keys() if names is None else names
-    return [f"{key} {old[key]}, now {new[key]}" for key in new if key in names and key in old and old[key] != new[key]]
-
-
-def _hold(folder: Path) -> TextIO | None:
-    """Lock a run's folder for as long as this process lives; None if another process has it."""
-    file = open(folder / "lock", "a")  # noqa: SIM115 (held for the life of the run)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    except OSError:  # a file system without locks
-        pass
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    return file

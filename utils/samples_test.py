@@ -4,6 +4,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from numpy.lib import format as npy
 
 from utils import samples
 from utils.cli import InputError
@@ -117,13 +118,22 @@ def test_trap_damage_in_the_middle_of_a_large_file(path, member):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"images": IMAGES}, r"holds images\.npy; expected arr_0"),
-        ({"arr_0": IMAGES / 255}, r"arr_0 is float64 of shape \(10, 6, 4, 3\); expected uint8 of shape \(N, H, W, 3\)"),
-        ({"arr_0": IMAGES[0]}, r"arr_0 is uint8 of shape \(6, 4, 3\)"),
-        ({"arr_0": IMAGES.transpose(0, 3, 1, 2)}, r"arr_0 is uint8 of shape \(10, 3, 6, 4\)"),
-        ({"arr_0": IMAGES, "arr_1": LABELS[:9]}, r"10 images but labels of shape \(9,\)"),
-        ({"arr_0": IMAGES, "arr_1": np.array([None] * 10)}, "Object arrays cannot be loaded"),
+        ({"images": IMAGES}, r"holds images; expected arr_0 .*write it again by np\.savez"),
+        ({"arr_0": IMAGES / 255}, r"arr_0 is float64 of shape \(10, 6, 4, 3\); expected uint8 .*\(x \* 255\)"),
+        ({"arr_0": IMAGES[0, 0]}, r"arr_0 is uint8 of shape \(4, 3\); .*write the images in this form"),
+        ({"arr_0": IMAGES[..., 0]}, r"of shape \(10, 6, 4\); .*np\.stack\(\[x\] \* 3, -1\)"),
+        ({"arr_0": IMAGES[..., :1]}, r"of shape \(10, 6, 4, 1\); .*np\.repeat\(x, 3, -1\)"),
+        ({"arr_0": IMAGES.repeat(2, 3)[..., :4]}, r"of shape \(10, 6, 4, 4\); .*x\[\.\.\., :3\]"),
+        (
+            {"arr_0": IMAGES.transpose(0, 3, 1, 2)},
+            r"arr_0 is uint8 of shape \(10, 3, 6, 4\); .*transpose\(0, 2, 3, 1\)",
+        ),
+        ({"arr_0": IMAGES.astype(np.int64)}, r"arr_0 is int64 .*x\.astype\(np\.uint8\)"),
+        ({"arr_0": IMAGES[:0]}, r"holds no images \(arr_0 is of shape \(0, 6, 4, 3\)\)"),
         ({"arr_0": np.array([None] * 10)}, r"arr_0 is object of shape \(10,\)"),
+        ({"arr_0": np.zeros((1, 1, 9000, 3), np.uint8)}, "H and W at most 8192"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3)}, "holds mu, sigma; .*statistics without images"),
+        ({}, "holds nothing; expected arr_0"),
     ],
 )
 def test_other_arrays_are_refused(path, arrays, message):
@@ -132,12 +142,74 @@ def test_other_arrays_are_refused(path, arrays, message):
         Samples(path)
 
 
+class Command:
+    """A pickle of it raises when it is read."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit('unpickled')",)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        None, LABELS[:9], np.eye(10), LABELS.astype(str), LABELS + 0.5, np.full(10, np.nan), IMAGES,
+        np.array([None] * 10), np.array([Command()] * 10, object),
+    ],
+)  # fmt: skip
+def test_labels_that_are_none_are_ignored(path, labels):
+    np.savez(path, IMAGES, labels)
+    file = Samples(path)
+    assert file.labels is None and "labels of" in file.label_note and "expected int64 of shape (10,)" in file.label_note
+    assert np.array_equal(next(file.batches(10)), IMAGES)
+
+
+@pytest.mark.parametrize("labels", [LABELS.astype(">i8"), LABELS.astype(np.float32), LABELS[:, None], LABELS.tolist()])
+def test_labels_of_other_types(path, labels):
+    np.savez(path, IMAGES, labels)
+    file = Samples(path)
+    assert file.labels.dtype == np.int64 and np.array_equal(file.labels, LABELS) and not file.label_note
+
+
+def with_header(path, shape, content: bytes, compression=zipfile.ZIP_STORED):
+    """arr_0 with a header of any shape, whatever follows."""
+    with zipfile.ZipFile(path, "w", compression) as archive, archive.open("arr_0.npy", "w") as member:
+        npy.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        member.write(content)
+
+
+@pytest.mark.parametrize("shape", [(10**7, 512, 512, 3), (2**62, 4, 4, 3), (5, 6, 4, 3), (-10, -6, 4, 3)])
+def test_a_header_that_promises_something_else(path, shape):
+    with_header(path, shape, IMAGES.tobytes() if min(shape) > 0 else bytes(719))
+    with pytest.raises(InputError, match=r"is damaged: arr_0 of shape .* takes -?\d+ bytes, the file holds \d+"):
+        Samples(path)
+
+
+def test_a_small_file_that_unfolds_is_refused(path):
+    with_header(path, (300, 1024, 1024, 1), bytes(300 << 20), zipfile.ZIP_DEFLATED)
+    with pytest.raises(InputError, match=r"is refused: \d+ bytes in it unfold to 314572800 of arr_0"):
+        Samples(path)
+
+
+def test_statistics(path):
+    sigma = np.asfortranarray(np.arange(9.0).reshape(3, 3))
+    np.savez(path, IMAGES, mu=np.zeros(3, np.float32), sigma=sigma, mu_s=np.array([Command()] * 3))
+    file = Samples(path)
+    found = file.statistics({"mu": (3,), "sigma": (3, 3), "sigma_s": (2, 2)})
+    assert sorted(found) == ["mu", "sigma"] and np.array_equal(found["sigma"], sigma)
+    for name, shape in (("mu", (4,)), ("mu_s", (3,))):
+        with pytest.raises(InputError, match=rf"holds {name} of .* and shape \(3,\), expected numbers of shape"):
+            file.statistics({name: shape})
+
+
 def test_another_kind_of_file_is_refused(path):
     with open(path, "wb") as file:
         np.save(file, IMAGES)
-    with pytest.raises(InputError, match=r"damaged or not an \.npz file.*not a zip file"):
+    with pytest.raises(InputError, match=r"is an \.npy file: write it again by np\.savez"):
         Samples(path)
-    with zipfile.ZipFile(path, "w"):
-        pass
-    with pytest.raises(InputError, match="holds nothing; expected arr_0"):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"")
+    with pytest.raises(InputError, match=r"is a file of torch\.save"):
+        Samples(path)
+    path.write_text("<html>")
+    with pytest.raises(InputError, match=r"damaged or not an \.npz file.*not a zip file"):
         Samples(path)

@@ -1,16 +1,27 @@
-"""Pre-emption: SIGTERM or Ctrl-C asks a run to save and end; its processes agree on the step after which they do."""
+"""Requests to end: SIGTERM, SIGHUP, Ctrl-C and Slurm's SIGUSR1 ask a run to save and end; its processes agree when."""
 
+import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from utils.distributed import collective_timeout
 
-class Stop:
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask a run to end. One that is ignored (by nohup) stays ignored."""
+    wanted = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    if "SLURM_JOB_ID" in os.environ:
+        wanted.append(signal.SIGUSR1)  # sbatch --signal=USR1@60: a warning before the time limit
+    return tuple(number for number in wanted if signal.getsignal(number) != signal.SIG_IGN)
+
+
+class StopRequest:
     """What has been asked of this process, and what all processes have agreed on.
 
     Each step calls agreed() once. It starts a sum over processes that the next call reads, so no step waits for it,
@@ -20,7 +31,7 @@ class Stop:
     def __init__(self, processes: int) -> None:
         self.asked: signal.Signals | None = None
         self.at = 0.0
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if processes > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=collective_timeout()) if processes > 1 else None
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def ask(self, number: int, _frame: object = None) -> None:
@@ -31,7 +42,7 @@ class Stop:
             raise KeyboardInterrupt
 
     def agreed(self) -> bool:
-        """Whether all processes end here."""
+        """Whether all processes end now."""
         if self._group is None:
             return self.asked is not None
         answer = False
@@ -44,15 +55,15 @@ class Stop:
         return answer
 
     def exit_status(self) -> int:
-        """0 after SIGTERM (a scheduler that pre-empts sees a clean end), 130 after Ctrl-C."""
+        """130 after Ctrl-C, otherwise 0: a scheduler that pre-empts sees a clean end."""
         return 130 if self.asked == signal.SIGINT else 0
 
 
 @contextmanager
-def stop_signals(processes: int):
-    """Give a Stop that SIGTERM and SIGINT speak to; at the end the former handlers are back."""
-    stop = Stop(processes)
-    former = {number: signal.signal(number, stop.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+def stop_on_signals(processes: int) -> Iterator[StopRequest]:
+    """Give a StopRequest that the signals speak to; at the end the former handlers are back."""
+    stop = StopRequest(processes)
+    former = {number: signal.signal(number, stop.ask) for number in stop_signals()}
     try:
         yield stop
     finally:

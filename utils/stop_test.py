@@ -4,13 +4,13 @@ import signal
 
 import pytest
 
-from utils.stop import Stop, stop_signals
+from utils.stop import StopRequest, stop_on_signals
 from utils.testing import run_script
 
 
 def test_a_signal_asks_and_the_former_handlers_come_back():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with stop_signals(1) as stop:
+    with stop_on_signals(1) as stop:
         assert not stop.agreed()
         signal.raise_signal(signal.SIGTERM)
         assert stop.agreed() and stop.exit_status() == 0
@@ -20,7 +20,7 @@ def test_a_signal_asks_and_the_former_handlers_come_back():
 def test_ctrl_c_is_130_and_a_second_one_ends_at_once(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("utils.stop.time.monotonic", lambda: now[0])
-    stop = Stop(1)
+    stop = StopRequest(1)
     stop.ask(signal.SIGINT)
     stop.ask(signal.SIGINT)  # the same keystroke, by another way
     assert stop.exit_status() == 130
@@ -36,17 +36,17 @@ def test_processes_agree_on_the_step_when_one_is_asked(tmp_path):
 import signal
 from pathlib import Path
 from utils import cli
-from utils.distributed import world
-from utils.stop import stop_signals
+from utils.distributed import join_world
+from utils.stop import stop_on_signals
 
 def main():
-    with world() as here, stop_signals(here.size) as stop:
+    with join_world() as world, stop_on_signals(world.size) as stop:
         for step in range(100):
-            if here.rank == 1 and step == 3:
+            if world.rank == 1 and step == 3:
                 signal.raise_signal(signal.SIGTERM)
             if stop.agreed():
                 break
-        Path({str(tmp_path)!r}, str(here.rank)).write_text(str(step))
+        Path({str(tmp_path)!r}, str(world.rank)).write_text(str(step))
 
 cli.run(main)
 """)

@@ -7,7 +7,7 @@ Keys broadcast like numpy arrays, so uniform(seed, EPOCH_ORDER, epoch, np.arange
 import numpy as np
 
 # What a stream is for; part of its key, so that no two uses of one seed share numbers.
-ORDER, VIEW, LABEL_DROP, SAMPLE, LABEL, DROPOUT, AUGMENT, HELD_OUT = range(8)
+ORDER, VIEW, LABEL_DROP, SAMPLE, LABEL, DROPOUT, AUGMENT, HELD_OUT, CROP = range(9)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
