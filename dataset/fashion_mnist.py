@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,9 @@ from PIL import Image
 
 from utils import cli
 from utils.cli import InputError
+from utils.files import check_folder, file_lock
 from utils.log import progress
+from utils.settings import ExistingFolder, PositiveInt, Settings, setting
 
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
 PACKAGE = "dataset-fashion-mnist"
@@ -68,8 +69,8 @@ def has_files(folder: Path) -> bool:
     return all((folder / f"{prefix}-{kind}-ubyte.gz").is_file() for prefix, _ in SPLITS.values() for kind in kinds)
 
 
-def from_apt(folder: Path) -> Path | None:
-    """Debian's package, fetched by apt and unpacked into a folder; None where that does not work."""
+def unpacked(package: str, folder: Path) -> Path | None:
+    """The folder, with the files of Debian's package, fetched by apt; None where that does not work."""
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         return None
 
@@ -77,12 +78,18 @@ def from_apt(folder: Path) -> Path | None:
         done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, check=False)
         return done.returncode == 0
 
-    fetch = ("apt-get", "download", "-q", PACKAGE)
+    fetch = ("apt-get", "download", "-q", package)
     if not call(*fetch) and not (os.geteuid() == 0 and call("apt-get", "update", "-q") and call(*fetch)):
         return None
-    for package in folder.glob("*.deb"):
-        call("dpkg-deb", "-x", str(package), str(folder))
-    return folder / INSTALLED.relative_to("/")
+    for file in folder.glob(f"{package}_*.deb"):
+        call("dpkg-deb", "-x", str(file), str(folder))
+    return folder
+
+
+def from_apt(folder: Path) -> Path | None:
+    """The files of Debian's package; None where it cannot be had."""
+    found = unpacked(PACKAGE, folder)
+    return found and found / INSTALLED.relative_to("/")
 
 
 def from_torchvision(folder: Path) -> Path | None:
@@ -131,26 +138,27 @@ def write_split(out: Path, split: str, images: np.ndarray, labels: np.ndarray, l
     unfinished.rename(out / split)
 
 
-def parse() -> Namespace:
-    parser = cli.Parser(__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("out", type=Path, help="folder to write train/ and test/ to")
-    add("--source", type=cli.existing_folder, help="folder with the four .gz files, where they are at hand")
-    add("--limit", type=cli.positive_int, help="images a class and split; default: all")
-    return parser.parse_args()
+class FashionMnistSettings(Settings):
+    """The settings of this command; see --help."""
+
+    out: Path = setting(help="folder to write train/ and test/ to", positional=True)
+    source: ExistingFolder | None = setting(None, "folder with the four .gz files, where they are at hand")
+    limit: PositiveInt | None = setting(None, "images a class and split; default: all")
 
 
 def main() -> None:
-    args = parse()
-    missing = [split for split in SPLITS if not (args.out / split).is_dir()]
-    if not missing:
-        print(f"{args.out} has {' and '.join(SPLITS)} already")
-        return
-    with files(args.source) as folder:
-        for split in missing:
-            images, labels = read_split(folder, split)
-            write_split(args.out, split, images, labels, args.limit)
-            print(f"wrote {args.out / split}")
+    s = FashionMnistSettings.from_command_line(__doc__)
+    check_folder(s.out)
+    with file_lock(s.out):
+        missing = [split for split in SPLITS if not (s.out / split).is_dir()]
+        if not missing:
+            print(f"{s.out} has {' and '.join(SPLITS)} already")
+            return
+        with files(s.source) as folder:
+            for split in missing:
+                images, labels = read_split(folder, split)
+                write_split(s.out, split, images, labels, s.limit)
+                print(f"wrote {s.out / split}")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,41 @@
-"""Images on disk: the sorted ImageFolder, ADM's centre crop, and the views that codes are extracted from.
+"""Images: one reader of image folders for all stages, ADM's centre crop, and the views that codes are extracted from.
 
-Pixels are uint8 (H, W, 3) RGB arrays; what they become for the tokenizer is utils/pixels.py.
+Pixels are uint8 (H, W, 3) RGB arrays; what they become for the tokenizer is utils/pixels.py. One policy for images that
+cannot be read holds in all stages: they are skipped, counted and listed; `strict` stops at the first.
 """
 
 import errno
+import hashlib
+import math
+import os
 import re
-from collections.abc import Iterator, Sequence
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
+from pydantic import AfterValidator
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torch.utils.data import DataLoader, Dataset
 
-from utils.cli import InputError
+from dataset.listing import ONE_CLASS, Listing, shown
+from utils.cli import InputError, counted, note
+from utils.distributed import cores
 from utils.log import progress
+from utils.settings import Settings, setting
+from utils.stop import stop_signals
 
 SMALL_FILE = 16384  # bytes; below, handing a file to a thread takes longer than reading it (3.6 times, at 1 KB)
 MOST_PIXELS = 178_956_970  # of an image; Pillow, too, takes more for an attack
+SAMPLE = 256  # headers that are looked at before the work
+PATIENCE = 1800  # seconds that reading processes may take for one batch
 # What the operating system says of a file that is not there or not ours, not of a machine in trouble.
 OF_THE_FILE = (
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EOVERFLOW,
@@ -27,75 +43,220 @@ OF_THE_FILE = (
 VIEWS = {"single": 1, "flip": 2, "ten-crop": 10}  # views an image, by the name of what makes them
 
 
-class ImageFolder:
-    """A folder with one folder of images a class: `paths`, their `names` in it, `labels` (N,) int64 and `classes`.
+def _colour(text: str) -> str:
+    try:
+        ImageColor.getrgb(text)
+    except ValueError:
+        raise ValueError(f"expected a colour such as white, black or '#808080', got {text!r}") from None
+    return text
 
-    Classes, and the images in them, are in torchvision's sorted order, so image i is the published image i.
-    Raises InputError for a missing folder, one without class folders, or a class folder without images.
+
+class ImageSettings(Settings):
+    """The settings of every stage that reads images."""
+
+    background: Annotated[str, AfterValidator(_colour)] = setting(
+        "white", "colour behind transparent pixels", metavar="COLOUR"
+    )
+    exif_orientation: bool = setting(False, "turn photos as their EXIF data says; the published pixels are not turned")
+    strict: bool = setting(False, "stop at an image that cannot be read instead of skipping it", free=True)
+
+    def image_folder(self, path: str | Path) -> "ImageFolder":
+        """An ImageFolder that is read with these settings."""
+        return ImageFolder(path, background=self.background, exif_orientation=self.exif_orientation, strict=self.strict)
+
+
+class ImageFolder:
+    """A folder of images: `paths`, their `names` in it, `labels` (N,) int64 and `classes`.
+
+    One folder of images a class, deeper folders belonging to it; a folder without class folders is one class. A table of
+    files and labels (dataset.listing.read_table) stands for a folder. Classes, and
+    the images in them, are in torchvision's sorted order, so image i is the published image i. Raises InputError as
+    Listing does.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        root = Path(root)
-        if not root.is_dir():
-            raise InputError(f"there is no folder {root}; expected an ImageFolder: one folder of images a class")
-        try:
-            self.classes, numbers = find_classes(str(root))
-        except FileNotFoundError:
-            raise InputError(f"{root} has no class folders; expected one folder of images a class") from None
-        samples = make_dataset(str(root), numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
-        self.paths = [path for path, _ in samples]
-        self.names = [path[len(str(root)) + 1 :] for path in self.paths]
-        self.labels = np.array([label for _, label in samples], np.int64)
-        counts = np.bincount(self.labels, minlength=len(self.classes))
-        empty = [name for name, n in zip(self.classes, counts, strict=True) if n == 0]
-        if empty:
-            more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
-            raise InputError(
-                f"no images in class folder {', '.join(empty[:3])}{more} of {root}: "
-                f"add some ({' '.join(IMG_EXTENSIONS)}) or delete the folder"
-            )
+    def __init__(
+        self, root: str | Path, *, background: str = "white", exif_orientation: bool = False, strict: bool = False
+    ) -> None:
+        self.root, self.background, self.exif_orientation, self.strict = root, background, exif_orientation, strict
+        self._listing = listing = Listing(root)
+        self.paths = listing.paths
+        self.names = [listing.name(path) for path in self.paths]
+        self.labels = np.array(listing.labels, np.int64)
+        self.classes = [shown(name) for name in listing.classes]
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def left_out(self) -> dict[str, list[str]]:
+        """The names of what is no image of a class, by reason."""
+        return self._listing.left_out
+
+    def evenly_spaced(self, n: int | None) -> np.ndarray:
+        """The images of --num-images n, evenly spaced, or all: (n,) int64. Raises InputError where there are fewer."""
+        if n and n > len(self):
+            raise InputError(f"--num-images {n} is more than the {len(self)} images in {self.root}")
+        return evenly_spaced(len(self), n or len(self))
+
+    def read(self, i: int) -> Image.Image:
+        """Image i as RGB. Raises Unreadable as decode does."""
+        return decode(self.paths[i], self.background, self.exif_orientation)
+
+    def crops(
+        self, i: int, sizes: Sequence[int], place: np.ndarray | None = None
+    ) -> "list[np.ndarray] | dict[str, Any]":
+        """center_crops of image i, or what to record of it if it cannot be read: image, path, reason.
+
+        place: of a random_crop at the first size instead. Raises InputError for one that cannot be read where strict.
+        """
+        try:
+            image = self.read(i)
+            return center_crops(image, sizes) if place is None else [random_crop(image, sizes[0], place)]
+        except Unreadable as error:
+            if self.strict:
+                raise InputError(
+                    f"{shown(self.paths[i])} cannot be read as an image ({error}): "
+                    "replace it, or leave out --strict to skip it"
+                ) from None
+            return {"image": i, "path": shown(self.names[i]), "reason": str(error)}
+
+    @property
+    def has_large_files(self) -> bool:
+        """Whether threads read these files faster, judged by the one in the middle."""
+        return Path(self.paths[len(self) // 2]).stat().st_size > SMALL_FILE
+
+    @cached_property
+    def _content_id(self) -> str:
+        digest = hashlib.sha256("\0".join([*self.names, *self.classes]).encode(errors="surrogateescape"))
+        digest.update(self.labels.tobytes())
+        for i in evenly_spaced(len(self), 20_000):
+            try:
+                digest.update(Path(self.paths[i]).stat().st_size.to_bytes(8, "little"))
+            except OSError:
+                digest.update(b"unreadable")
+        for i in evenly_spaced(len(self), 64):
+            try:
+                with open(self.paths[i], "rb") as file:
+                    digest.update(file.read(1 << 16))
+            except OSError:
+                digest.update(b"unreadable")
+        return digest.hexdigest()
+
+    def content_id(self) -> str:
+        """What tells these images from others, whatever folder they lie in: a sha256 (hex) of names, labels, sizes (20,000
+        evenly spaced ones) and the first bytes of 64 of them."""
+        return self._content_id
+
+    def summary(self) -> str:
+        """What was found, in one paragraph; opens some headers."""
+        listing, n = self._listing, len(self)
+        names = ", ".join(self.classes[:3]) + (", ..." if len(self.classes) > 3 else "")
+        flat = self.classes == [ONE_CLASS]
+        parts = [
+            f"{shown(str(self.root))}: {n:,} images in "
+            + (
+                "one class, as there are no class folders"
+                if flat
+                else f"{counted(len(self.classes), 'class')} ({names})"
+            )
+        ]
+        if listing.left_out:
+            parts.append(f"Left out: {listing.left_out_text()}")
+        if listing.nested:
+            first = shown(str(Path(listing.name(listing.nested[0])).parent))
+            parts.append(f"{len(listing.nested):,} images in deeper folders ({first}) belong to the class above them")
+        if listing.repeated:
+            parts.append(f"{listing.repeated:,} images are the same file as another one, by links")
+        return ". ".join([*parts, *self._sampled()]) + "."
+
+    def _sampled(self) -> list[str]:
+        """What some headers say that changes pixels, or that the file is no image."""
+        chosen = evenly_spaced(len(self), SAMPLE)
+        of = f"of {len(chosen)} sampled images" if len(chosen) < len(self) else f"of {len(self)} images"
+        turned = clear = 0
+        broken = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for i in chosen:
+                try:
+                    with Image.open(self.paths[i]) as image:
+                        turned += orientation(image) != 1
+                        clear += image.has_transparency_data
+                except Exception as error:  # a decoder fails on damaged bytes in any way
+                    broken.append(f"{shown(self.names[i])} ({reason(error)[:80]})")
+        texts = []
+        if turned:
+            done = "applied" if self.exif_orientation else "not applied (--exif-orientation applies it)"
+            texts.append(f"{turned} {of} have an EXIF orientation, which is {done}")
+        if clear:
+            texts.append(f"{clear} {of} can be transparent: laid on {self.background} (--background)")
+        if broken:
+            texts.append(f"{len(broken)} {of} cannot be read and will be skipped: {', '.join(broken[:3])}")
+        return texts
+
+
+def evenly_spaced(n: int, most: int) -> np.ndarray:
+    """At most so many of 0 to n - 1, evenly spaced: (min(n, most),) int64."""
+    return np.arange(n) if n <= most else np.arange(most) * n // most
 
 
 class Unreadable(ValueError):
     """Why a file is no image that can be used: the same words for the same bytes, wherever the file lies."""
 
 
-def decode(path: str | Path) -> Image.Image:
-    """An image file as RGB, as torchvision's ImageFolder loads it: converted by Pillow, EXIF's rotation not applied.
+def decode(path: str | Path, background: str = "white", turn: bool = False) -> Image.Image:
+    """An image file as RGB, as torchvision's ImageFolder loads it, but for what would come out wrong: transparent pixels lie
+    on the background, and 16-bit grey is scaled to 8 bits. turn: apply the EXIF orientation.
 
-    Raises Unreadable for a file that is no image, is damaged or cannot be opened, and InputError where the machine is at
-    fault: then the same file may be readable later.
+    Raises Unreadable for a file that is no image, is damaged, has 32-bit pixels or cannot be opened, and InputError where
+    the machine is at fault: then the same file may be readable later.
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except UnidentifiedImageError:
-        raise Unreadable("no image of a known format") from None
-    except OSError as error:  # Pillow's own have no number
-        if error.errno not in (None, *OF_THE_FILE):
+            image.load()
+            turned = ImageOps.exif_transpose(image) if turn and orientation(image) != 1 else image
+            return to_rgb(turned, image.format, background)
+    except (Unreadable, MemoryError):
+        raise
+    except Exception as error:  # a decoder fails on damaged bytes in any way; Pillow's own OSErrors have no number
+        if isinstance(error, OSError) and error.errno not in (None, *OF_THE_FILE):
             raise InputError(
                 f"{path} cannot be read ({error.strerror}): run the same command again, or put an empty file in its place"
             ) from None
-        raise Unreadable(error.strerror or reason(error)) from None
-    except Exception as error:  # a decoder fails on damaged bytes in any way
         raise Unreadable(reason(error)) from None
 
 
+def to_rgb(image: Image.Image, format: str | None, background: str) -> Image.Image:
+    """An image of any mode as RGB. Raises Unreadable for 32-bit pixels: they have no known range."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and format in ("PNG", "PPM")):
+        pixels = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((pixels * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise Unreadable("32-bit pixels, which have no known range: save it with 8 or 16 bits")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an opened image; 1 is upright, or unknown."""
+    if "exif" not in image.info:
+        return 1
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged metadata
+        return 1
+
+
 def reason(error: Exception) -> str:
-    """An error's kind and message without what differs from run to run."""
+    """Why a file cannot be read, without what differs from run to run."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no image of a known format"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     message = re.sub(r"<([\w.]+) object at 0x\w+>", r"\1", " ".join(str(error).split()))
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """An image file as RGB. Raises InputError for one that cannot be read."""
-    try:
-        return decode(path)
-    except Unreadable as error:
-        raise InputError(f"{path} cannot be read as an image ({error}): replace or delete it") from None
 
 
 def center_crops(image: Image.Image, sizes: Sequence[int]) -> list[np.ndarray]:
@@ -111,20 +272,39 @@ def center_crops(image: Image.Image, sizes: Sequence[int]) -> list[np.ndarray]:
         while min(halves[level].size) >= 2 * size:
             level += 1
             if level == len(halves):
-                half = halves[-1]
-                halves.append(half.resize((half.width // 2, half.height // 2), Image.Resampling.BOX))
-        crops.append(_scaled_crop(halves[level], size))
+                halves.append(_half(halves[-1]))
+        image = _scaled(halves[level], size)
+        crops.append(_cut(image, (image.height - size) // 2, (image.width - size) // 2, size))
     return crops
 
 
-def _scaled_crop(image: Image.Image, size: int) -> np.ndarray:
-    scale = size / min(image.size)
+def random_crop(image: Image.Image, size: int, place: Sequence[float]) -> np.ndarray:
+    """A square of an image that shows 80 to 100 % of its shorter side, anywhere in it: uint8 (size, size, 3).
+
+    As in ADM's training, scaled like center_crops. place: three numbers in [0, 1), for the scale, the row and the column.
+    """
+    shorter = size + int(place[0] * (math.ceil(size / 0.8) - size + 1))
+    while min(image.size) >= 2 * shorter:
+        image = _half(image)
+    image = _scaled(image, shorter)
+    top, left = (int(at * (side - size + 1)) for at, side in zip(place[1:], (image.height, image.width), strict=True))
+    return _cut(image, top, left, size)
+
+
+def _half(image: Image.Image) -> Image.Image:
+    return image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+
+
+def _cut(image: Image.Image, top: int, left: int, size: int) -> np.ndarray:
+    return np.array(image.crop((left, top, left + size, top + size)))
+
+
+def _scaled(image: Image.Image, shorter: int) -> Image.Image:
+    scale = shorter / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > MOST_PIXELS:
         raise Unreadable(f"{image.width} x {image.height} pixels would be scaled to {width} x {height}")
-    top, left = (height - size) // 2, (width - size) // 2
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return np.array(image.crop((left, top, left + size, top + size)))
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -151,25 +331,162 @@ def cut_views(crops_NHWC: Tensor, size: int, mode: str) -> Tensor:
 
 def load_image(path: str | Path, size: int) -> np.ndarray:
     """The centre crop of an image file: uint8 (size, size, 3). Raises InputError for one that cannot be read."""
-    return center_crop(read_image(path), size)
+    try:
+        return center_crop(decode(path), size)
+    except Unreadable as error:
+        raise InputError(f"{path} cannot be read as an image ({error}): replace or delete it") from None
 
 
-def are_large(paths: Sequence[str]) -> bool:
-    """Whether threads read these files faster, judged by the one in the middle."""
-    path = Path(paths[len(paths) // 2])
-    return path.is_file() and path.stat().st_size > SMALL_FILE
+class CropRequest(NamedTuple):
+    """Images of a folder, and the sides of the centre crops wanted of each; with places (n, 3), one random_crop of each."""
+
+    images: Sequence[int]
+    sizes: tuple[int, ...]
+    places: np.ndarray | None = None
 
 
-def load_images(paths: Sequence[str], size: int, batch: int = 512, show: bool = True) -> Iterator[np.ndarray]:
-    """Centre crops of image files in their order, uint8 (n, size, size, 3), n = batch but for the last; by threads where
-    the files are large. Shows a progress bar."""
-    large = are_large(paths)
-    with (
-        ThreadPoolExecutor() as pool,
-        progress(total=len(paths), desc="reading", unit=" images", show=show) as bar,
-    ):
-        run = pool.map if large else map
-        for start in range(0, len(paths), batch):
-            crops = np.stack(list(run(lambda path: load_image(path, size), paths[start : start + batch])))
-            yield crops
-            bar.update(len(crops))
+class CropBatch(NamedTuple):
+    """uint8 (n, size, size, 3) for each size; the images (n,) int64 they are of; what to record of those skipped."""
+
+    crops: list[np.ndarray]
+    images: np.ndarray
+    skipped: list[dict[str, Any]]
+
+
+class CropReader(Dataset):
+    """CropRequest -> CropBatch; each file is decoded once, by threads where files are large.
+
+    hand_over: this is for a reading process, whose crops become tensors in shared memory where there is enough of it. (A
+    pipe takes four times as long. Where memory runs out on the way, DataLoader would wait for ever.)
+    """
+
+    def __init__(self, folder: ImageFolder, threads: int = 1, hand_over: bool = False) -> None:
+        self.hand_over = hand_over
+        self.folder, self.threads = folder, threads if threads > 1 and folder.has_large_files else 1
+
+    def __getitem__(self, request: CropRequest) -> CropBatch:
+        sizes = request.sizes
+        places = dict(zip(request.images, request.places, strict=True)) if request.places is not None else {}
+        results = list(self._map(lambda i: self.folder.crops(i, sizes, places.get(i)), request.images))
+        images = np.array([i for i, crops in zip(request.images, results, strict=True) if isinstance(crops, list)], int)
+        kept = [crops for crops in results if isinstance(crops, list)]
+        stacks = [
+            np.stack([crops[k] for crops in kept]) if kept else np.empty((0, size, size, 3), np.uint8)
+            for k, size in enumerate(sizes)
+        ]
+        if self.hand_over and shared_memory_left() > 2 * cores() * sum(stack.nbytes for stack in stacks):
+            stacks = [torch.from_numpy(stack) for stack in stacks]
+        return CropBatch(stacks, images, [row for row in results if isinstance(row, dict)])
+
+    def _map(self, call: Callable, items: Iterable[int]) -> Iterator:
+        """map, by threads that are made at the first use: a process of its own makes its own."""
+        if self.threads == 1:
+            return map(call, map(int, items))
+        if "pool" not in vars(self):
+            self.pool = ThreadPoolExecutor(self.threads)
+        return self.pool.map(call, map(int, items))
+
+
+def quiet_pillow() -> None:
+    """No warnings of odd metadata or large images, of which a large folder has thousands."""
+    warnings.filterwarnings("ignore", module="PIL")
+
+
+def start_reading(_: int) -> None:
+    """What a reading process does first. Only its parent ends it: a terminal or a scheduler sends a request to end to both,
+    and a parent that saves needs the images of its last step."""
+    quiet_pillow()
+    for number in set(stop_signals()) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def end_with_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def shared_memory_left() -> int:
+    """Bytes; 0 where there is no /dev/shm."""
+    try:
+        status = os.statvfs("/dev/shm")
+    except OSError:
+        return 0
+    return status.f_bavail * status.f_frsize
+
+
+def _unchanged(batch: CropBatch) -> CropBatch:
+    return batch
+
+
+@cache
+def reading_processes(asked: int) -> int:
+    """At most as many as this process has cores for; a note where that is fewer than asked."""
+    most = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    if asked > most:
+        note(f"--num-workers {asked}: {most} processes read, one for each core")
+    return min(asked, most)
+
+
+def read_crops(
+    folder: ImageFolder, requests: Iterable[CropRequest], *, workers: int = 0, threads: int | None = None
+) -> Iterator[CropBatch]:
+    """The batches of requests, in their order.
+
+    workers: processes that read ahead. 0: this process reads when it is asked, by so many threads (default: its cores).
+    An error in one of them is raised here; RuntimeError for a batch that takes more than half an hour.
+    """
+    quiet_pillow()
+    if not workers:
+        yield from map(CropReader(folder, threads or cores()).__getitem__, requests)
+        return
+    batches = DataLoader(
+        CropReader(folder, hand_over=True), batch_size=None, sampler=requests, num_workers=reading_processes(workers),
+        worker_init_fn=start_reading, collate_fn=_unchanged, timeout=PATIENCE,
+    )  # fmt: skip
+    for crops, *others in batches:
+        yield CropBatch([np.asarray(stack) for stack in crops], *others)
+
+
+def skipped_text(skipped: Sequence[dict[str, Any]], total: int) -> str:
+    """Which images could not be read, in one line."""
+    first = "; ".join(f"{row['path']} ({row['reason']})" for row in skipped[:3])
+    return f"skipped {len(skipped)} of {total} images that cannot be read: {first}{'; ...' if len(skipped) > 3 else ''}"
+
+
+def check_some_readable(folder: ImageFolder, skipped: Sequence[dict[str, Any]], total: int) -> None:
+    """InputError where every image was skipped."""
+    if len(skipped) == total:
+        raise InputError(f"none of the {total} images of {folder.root} can be read; {skipped_text(skipped, total)}")
+
+
+def readable_crops(folder: ImageFolder, size: int, show: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """The centre crops of all images that can be read, in memory: uint8 (n, size, size, 3), and their numbers (n,) int64.
+
+    The others are skipped, with a note. Raises InputError if none can be read, or one cannot and the folder is strict.
+    """
+    crops, numbers, skipped = np.empty((len(folder), size, size, 3), np.uint8), [], []
+    requests = [
+        CropRequest(range(start, min(start + 512, len(folder))), (size,)) for start in range(0, len(folder), 512)
+    ]
+    with progress(total=len(folder), desc="reading", unit=" images", show=show) as bar:
+        for request, batch in zip(requests, read_crops(folder, requests), strict=True):
+            crops[len(numbers) : len(numbers) + len(batch.images)] = batch.crops[0]
+            numbers += batch.images.tolist()
+            skipped += batch.skipped
+            bar.update(len(request.images))
+    check_some_readable(folder, skipped, len(folder))
+    if skipped:
+        note(skipped_text(skipped, len(folder)))
+    return crops[: len(numbers)], np.array(numbers)
+
+
+def crops_in_memory(folder: ImageFolder, size: int, show: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """The crops of readable_crops, and their labels (n,) int64."""
+    crops, numbers = readable_crops(folder, size, show)
+    return crops, folder.labels[numbers]

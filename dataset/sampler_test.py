@@ -40,7 +40,7 @@ def test_epochs_and_seeds_differ_and_shares_are_right():
 
 
 def test_the_numbers_stay_what_they_were():
-    """A run that was cut off under an older version must go on in the same order: these never change."""
+    """A run that was cut off under an older version must continue in the same order: these never change."""
     batches = list(epoch_batches(1000, 10, 8, **SETTINGS))
     assert [part.astype(int).tolist() for part in batches[64]] == [
         [355, 686, 318, 500, 100, 166, 663, 311],

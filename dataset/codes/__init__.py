@@ -4,7 +4,8 @@ Packed (ours): `00000.npy` of shape (n, views, tokens), unsigned, and labels (n,
 ImageFolder is row i % shard_size of shard i // shard_size; `CODE_PATH/{dataset}{size}.json`, written last, says the rest.
 Per image (published): `{i}.npy` (1, views, tokens) int64 and `{i}.npy` (1,) int64 an image; the manifest is optional.
 
-`python -m dataset.codes pack | unpack | check` turns one layout into the other and looks at what a folder holds.
+Training reads the packed form; a published folder is packed at its first use. `python -m dataset.codes pack | unpack |
+check` converts one layout into the other and inspects a folder.
 """
 
 from dataset.codes.manifest import LAYOUTS, SHARD_SIZE, Manifest, Place

@@ -1,51 +1,93 @@
-"""What codes are and where they lie: the manifest, the paths, and the folders that a path holds."""
+"""What codes are and where they lie: the manifest, the paths, and the sets of codes that a folder holds."""
 
 import errno
 import hashlib
-import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from tokenize import TokenError
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BeforeValidator, Field
+from typing_extensions import TypedDict
 
+from utils import settings
 from utils.cli import InputError
+from utils.records import Record
+from utils.settings import Count, PositiveInt
 
 SHARD_SIZE = 8192
-FORMAT = 2  # 1 had neither hashes nor skipped images, nor said of which paths and at which precision
-RESULTS = ("format", "skipped", "shards_sha256")  # fields that say how it went, not what was to be done
+FORMAT = 2  # 1 had neither hashes nor skipped images, nor paths_sha256 and precision
+RESULTS = ("format", "skipped", "shards_sha256", "shards_max")  # fields that say how it went
+UNKNOWN = ("paths_sha256", "convolutions", "images_id", "source_id")  # empty where it was not recorded
 LAYOUTS = ("packed", "per-image")
 
 
-@dataclass(frozen=True)
-class Manifest:
+def printable(name: Any) -> Any:
+    """A name with `?` signs for bytes that are no UTF-8, which file systems allow and JSON does not."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") if isinstance(name, str) else name
+
+
+Name = Annotated[str, BeforeValidator(printable)]
+
+
+class SkippedImage(TypedDict):
+    """An image that could not be read."""
+
+    image: Count
+    path: Name
+    reason: Name
+
+
+class Manifest(Record):
     """What the codes are: of which images, by which tokenizer, in which form.
 
-    images counts all, also those in skipped (rows of `image`, `path`, `reason`), which keep their numbers and have no codes.
-    shards_sha256: shard_digest of each; empty in an unfinished manifest and in one of format 1.
+    images counts all, also the skipped ones, which keep their numbers and have no codes. part: "2/4" for the second of four
+    parts of the shards, "" for all. shards_sha256: shard_digest of each, "" outside the part; empty in an unfinished manifest
+    and in one of format 1. shards_max: the largest code of each, -1 for none; empty where it was not recorded.
     """
 
-    dataset: str
-    image_size: int
-    images: int
-    views: int
-    tokens: int
-    codebook_size: int
-    layout: str = "packed"
-    shard_size: int = SHARD_SIZE
+    dataset: Name
+    image_size: PositiveInt
+    images: PositiveInt
+    views: PositiveInt
+    tokens: PositiveInt
+    codebook_size: PositiveInt
+    layout: Literal["packed", "per-image"] = "packed"
+    shard_size: PositiveInt = SHARD_SIZE
     view_mode: str = "single"
     crop_range: float | None = None
     vq_model: str = ""
-    tokenizer_sha256: str = ""
-    classes: list[str] = field(default_factory=list)
+    tokenizer_sha256: str = (
+        ""  # which tokenizer: checkpoint.identity of its weights or, in older ones, its file's sha256
+    )
+    classes: list[Name] = []
     precision: str = "fp32"
     paths_sha256: str = ""
-    skipped: list[dict[str, Any]] = field(default_factory=list)
-    shards_sha256: list[str] = field(default_factory=list)
+    convolutions: str = ""  # fp32, or tf32: what they are on most GPUs at precision fp32
+    background: str = "white"
+    exif_orientation: bool = False
+    part: str = Field("", pattern=r"^([1-9]\d{0,5}/[1-9]\d{0,5})?$")
+    images_id: str = ""
+    source_id: str = ""  # of a packed copy: the state of the files it was made of
+    skipped: list[SkippedImage] = []
+    shards_sha256: list[str] = []
+    shards_max: list[int] = []
     format: int = FORMAT
+
+    def changed(self, **values: Any) -> "Manifest":
+        """This manifest with other values."""
+        return Manifest(**{**self.plain(), **values})
+
+    def differences(self, other: "Manifest") -> list[str]:
+        """`views 2, now 10` for each setting that is another in `other`; what was not recorded agrees with anything."""
+        mine, its = (
+            {key: value for key, value in m.plain().items() if key not in RESULTS and (value or key not in UNKNOWN)}
+            for m in (self, other)
+        )
+        return settings.differences(mine, its)
 
     @property
     def dtype(self) -> np.dtype:
@@ -56,14 +98,26 @@ class Manifest:
     def shards(self) -> int:
         return -(-self.images // self.shard_size)
 
+    @property
+    def own_shards(self) -> range:
+        """The shards of this part, or all."""
+        number, parts = map(int, (self.part or "1/1").split("/"))
+        return range(self.shards * (number - 1) // parts, self.shards * number // parts)
+
     def rows(self, shard: int) -> range:
         """The images of a shard, with those that were skipped."""
         return range(shard * self.shard_size, min(self.images, (shard + 1) * self.shard_size))
 
+    def gaps(self, shard: int) -> list[SkippedImage]:
+        """The skipped images of a shard."""
+        return [row for row in self.skipped if row["image"] in self.rows(shard)]
+
     @cached_property
     def numbers(self) -> np.ndarray:
         """The images that have codes, (n,) int64, sorted: row r of all codes is of image numbers[r]."""
-        return np.setdiff1d(np.arange(self.images), [row["image"] for row in self.skipped])
+        own = self.own_shards
+        images = np.arange(own.start * self.shard_size, min(self.images, own.stop * self.shard_size))
+        return np.setdiff1d(images, [row["image"] for row in self.skipped])
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -71,39 +125,19 @@ class Manifest:
         return np.searchsorted(self.numbers, np.arange(self.shards + 1) * self.shard_size)
 
 
-@dataclass(frozen=True)
 class Place:
-    """Where the codes of one dataset and size lie."""
+    """Where the codes of one data set and size lie: paths under a root. Raises InputError for a name with a slash."""
 
-    root: Path
-    dataset: str
-    image_size: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.dataset}{self.image_size}"
-
-    @property
-    def codes(self) -> Path:
-        return self.root / f"{self.name}_codes"
-
-    @property
-    def labels(self) -> Path:
-        return self.root / f"{self.name}_labels"
-
-    @property
-    def manifest(self) -> Path:
-        return self.root / f"{self.name}.json"
-
-    @property
-    def unfinished(self) -> Path:
-        """The manifest of an extraction or a repacking under way."""
-        return self.root / f"{self.name}.unfinished.json"
-
-    @property
-    def records(self) -> Path:
-        """The folder of `{shard}.json`, one for each shard that such a run has finished."""
-        return self.root / f"{self.name}.unfinished"
+    def __init__(self, root: str | Path, dataset: str, image_size: int) -> None:
+        if "/" in dataset:
+            raise InputError(f"the data set is called {dataset!r}; expected a name without /: it becomes part of paths")
+        self.root, self.dataset, self.image_size = Path(root), dataset, image_size
+        self.name = f"{dataset}{image_size}"
+        self.codes, self.labels = self.root / f"{self.name}_codes", self.root / f"{self.name}_labels"
+        self.manifest = self.root / f"{self.name}.json"
+        self.unfinished = self.root / f"{self.name}.unfinished.json"  # the manifest of work under way, and
+        self.packed = self.root / f"{self.name}_packed"  # the folder of a published folder's packed copy
+        self.records = self.root / f"{self.name}.unfinished"  # `{shard}.json` for each shard that it has finished
 
     def files(self, number: int, layout: str) -> tuple[Path, Path]:
         """The codes and the labels of a shard, or of an image in the layout of one file an image."""
@@ -125,87 +159,76 @@ def shard_digest(place: Place, layout: str, numbers: Iterable[int]) -> str:
     return digest.hexdigest()
 
 
-def read_manifest(path: Path) -> Manifest:
-    """A manifest file. Raises InputError for one that is damaged or of another format."""
-    try:
-        values = json.loads(path.read_text())
-        if values.get("format") not in range(1, FORMAT + 1):
-            raise InputError(f"{path} has format {values.get('format')}; this version reads format 1 to {FORMAT}")
-        return Manifest(**values)
-    except (ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is not a manifest of codes ({error}): extract the codes again") from None
+def read_manifest(path: Path) -> Manifest | None:
+    """A manifest file; None if there is none. Raises InputError for one that is damaged or of another format."""
+    manifest = Manifest.read_if_present(path)
+    if manifest and manifest.format not in range(1, FORMAT + 1):
+        raise InputError(f"{path} has format {manifest.format}; this version reads format 1 to {FORMAT}")
+    return manifest
 
 
 def load_array(path: Path, mmap: bool = False) -> np.ndarray:
-    """The array of an .npy file. Raises InputError for one that is missing, truncated or damaged."""
+    """The whole numbers of an .npy file. Raises InputError for one that is missing, damaged, or holds something else."""
     try:
-        return np.load(path, mmap_mode="r" if mmap else None)
+        array = np.load(path, mmap_mode="r" if mmap else None)
     except FileNotFoundError:
         raise InputError(f"{path} is missing: extract the codes again to restore it") from None
     except OSError as error:
         more = "; raise `ulimit -n`, or pack the codes into larger shards" if error.errno == errno.EMFILE else ""
         raise InputError(f"{path} cannot be read ({error.strerror or error}){more}") from None
-    except (ValueError, EOFError) as error:
+    except (
+        ValueError,
+        EOFError,
+        MemoryError,
+        SyntaxError,
+        TokenError,
+    ) as error:  # the last two: of numpy's header parser
+        if "objects" in str(error) or "Object arrays" in str(error):
+            raise InputError(f"{path} holds Python objects; expected whole numbers: extract the codes again") from None
         raise InputError(f"{path} is truncated or damaged ({error}): delete it and extract the codes again") from None
-
-
-def differences(old: Manifest, new: Manifest) -> list[str]:
-    """`field old, now new` for each setting that differs; paths of which nothing is known agree with any."""
-    before, after = asdict(old), asdict(new)
-    keys = [key for key in before if key not in RESULTS and before[key] != after[key]]
-    if not (old.paths_sha256 and new.paths_sha256):
-        keys = [key for key in keys if key != "paths_sha256"]
-    return [f"{key} {short(before[key])}, now {short(after[key])}" for key in keys]
-
-
-def short(value: object) -> str:
-    """A value in at most 40 characters."""
-    text = str(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
+        kind = getattr(array, "dtype", "an archive of arrays")
+        unusual = int(np.sum(~np.isfinite(array))) if getattr(kind, "kind", "") == "f" else 0
+        more = f", {unusual} of its values not finite" if unusual else ""
+        raise InputError(f"{path} holds {kind}{more}; expected whole numbers: extract the codes again")
+    return array
 
 
 def places(root: Path) -> list[Place]:
-    """The codes that a folder holds. Dataset and size are the manifest's; without one, the size is the name's last digits."""
+    """The sets of codes that a folder holds. A manifest says where the data set's name ends and the size begins; without
+    one, the size is the name's last digits."""
     found = []
     for folder in sorted(root.glob("*_codes")):
         name = folder.name.removesuffix("_codes")
-        manifest = root / f"{name}.json"
-        if manifest.is_file():
-            m = read_manifest(manifest)
-            found.append(Place(root, m.dataset, m.image_size))
-        elif match := re.fullmatch(r"(.*\D)(\d+)", name):
+        manifest = read_manifest(root / f"{name}.json")
+        if manifest and f"{manifest.dataset}{manifest.image_size}" == name:
+            found.append(Place(root, manifest.dataset, manifest.image_size))
+        elif match := re.fullmatch(r"(.*[^0-9])([0-9]{1,9})", name):
             found.append(Place(root, match[1], int(match[2])))
     return found
 
 
-def find_place(root: Path, dataset: str | None = None, image_size: int | None = None) -> Place:
-    """The one place under root of this dataset and size, None for any. Raises InputError for none or several."""
+def find_place(root: str | Path, dataset: str | None = None, image_size: int | None = None) -> Place:
+    """The one set of codes under root of this data set and size, None for any; root may be the folder of codes itself.
+
+    Raises InputError for none or several, naming the sets it holds.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"there is no folder {root}; expected the one that extract_codes_c2i.sh wrote to")
     if dataset is not None and image_size is not None:
-        place = Place(root, dataset, image_size)
-        if not place.codes.is_dir():
-            raise InputError(what_is_there(place))
-        return place
-    there = places(root)
-    fitting = [p for p in there if dataset in (None, p.dataset) and image_size in (None, p.image_size)]
+        for place in (Place(folder, dataset, image_size) for folder in (root, root.absolute().parent)):
+            if place.codes.is_dir() and (place.root == root or place.codes == root.absolute()):
+                return place
+    known = places(root) or [p for p in places(root.absolute().parent) if p.codes == root.absolute()]
+    fitting = [p for p in known if dataset in (None, p.dataset) and image_size in (None, p.image_size)]
     if len(fitting) == 1:
         return fitting[0]
-    if not root.is_dir():
-        raise InputError(f"there is no folder {root}; expected one that holds {{dataset}}{{size}}_codes")
-    listed = ", ".join(f"--dataset {p.dataset} --image-size {p.image_size}" for p in fitting or there)
     if fitting:
+        listed = " or ".join(f"--dataset {p.dataset} --image-size {p.image_size}" for p in fitting[:9])
         raise InputError(f"{root} holds several sets of codes: choose one by {listed}")
-    wanted = f"{dataset or '{dataset}'}{image_size or '{size}'}_codes"
-    raise InputError(f"{root} has no {wanted}: there is {listed or 'nothing'}")
-
-
-def what_is_there(place: Place) -> str:
-    """Why the codes of a place are not there, and what is."""
-    if not place.root.is_dir():
-        return f"there is no folder {place.root}; give --code-path the folder that extract_codes_c2i.sh wrote"
-    there = sorted(path.name.removesuffix("_codes") for path in place.root.glob("*_codes"))
-    return (
-        f"{place.root} has no {place.name}_codes: there is {', '.join(there) or 'nothing'}. "
-        "Give the --image-size (and --dataset) that the codes were extracted with, or extract them at this size"
-    )
+    names = sorted(path.name.removesuffix("_codes") for path in root.glob("*_codes")) or [p.name for p in known]
+    advice = "give the --image-size (and --dataset) that the codes were extracted with" if names else "check the path"
+    listed = ", ".join(names[:9]) + (", ..." if len(names) > 9 else "")
+    asked = f"{dataset or '{dataset}'}{image_size or '{size}'}_codes"
+    raise InputError(f"{root} has no {asked}: there is {listed or 'nothing'}; {advice}")

@@ -1,9 +1,10 @@
-"""pack and unpack: bit for bit there and back, cut off and continued, and every refusal in one line."""
+"""pack, unpack and the packed copies of published folders: bit for bit, cut off and resumed, every refusal in one line."""
 
-import os
+import resource
 import shutil
-import subprocess
-import sys
+import threading
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,38 +12,42 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset.codes import Codes, Place, Writer
-from dataset.codes.reader import open_folder
-from dataset.codes.repack import repack, repacked
+from dataset.codes import Codes, Place, Writer, repack
+from dataset.codes.folders import Packed, open_folder
+from dataset.codes.repack import packed_form
 from dataset.codes.toy import files, unfinish, write_codes
 from utils.cli import InputError
-from utils.testing import assert_refused
+from utils.files import file_lock
 
 
-def convert(
-    source: Path, target: Path, layout: str, shard_size: int | None = None, codebook: int | None = None
-) -> bool:
+def convert(source: Path, target: Path, layout: str, *options: int | None) -> bool:
     folder = open_folder(Place(source, "toy", 32))
-    return repack(folder, Writer(Place(target, "toy", 32), repacked(folder, layout, shard_size, codebook)), show=False)
+    writer = Writer(Place(target, "toy", 32), repack.repacked(folder, layout, *options))
+    return repack.repack(folder, writer, show=False)
 
 
-def command(*arguments: str | Path, limit: int | None = None) -> subprocess.CompletedProcess:
-    """`python -m dataset.codes ...`; limit: kilobytes that a file may have."""
-    line = [sys.executable, "-m", "dataset.codes", *map(str, arguments)]
-    if limit is not None:
-        line = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash", *line]
-    return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+@contextmanager
+def limited(kind: int, value: int):
+    """A soft limit of this process, in the block."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
 
 
 @settings(max_examples=8, deadline=None)
 @given(
-    st.integers(1, 30), st.integers(1, 11), st.integers(1, 11), st.integers(1, 3), st.sampled_from([200, 512, 70000])
-)
-def test_there_and_back_is_bit_for_bit(tmp_path_factory, images, shard_size, other_size, views, codebook):
+    st.integers(1, 30), st.integers(1, 11), st.integers(1, 11), st.integers(1, 3), st.sampled_from([200, 512, 70000]),
+    st.sets(st.integers(1, 29)),
+)  # fmt: skip
+def test_there_and_back_is_bit_for_bit(tmp_path_factory, images, shard_size, other_size, views, codebook, skipped):
     root = tmp_path_factory.mktemp("codes")
-    settings = {"images": images, "views": views, "codebook": codebook, "vq_model": "VQ-16", "crop_range": 1.1}
-    write_codes(root / "a", shard_size=shard_size, **settings)
-    write_codes(root / "b", "per-image", shard_size=shard_size, **settings)
+    skipped = sorted(i for i in skipped if i < images)
+    more = {"images": images, "views": views, "codebook": codebook, "vq_model": "VQ-16", "crop_range": 1.1}
+    write_codes(root / "a", shard_size=shard_size, skipped=skipped, **more)
+    write_codes(root / "b", "per-image", shard_size=shard_size, skipped=skipped, **more)
     assert convert(root / "a", root / "unpacked", "per-image")
     assert files(root / "unpacked") == files(root / "b")
     convert(root / "unpacked", root / "packed", "packed")
@@ -50,19 +55,6 @@ def test_there_and_back_is_bit_for_bit(tmp_path_factory, images, shard_size, oth
     convert(root / "a", root / "other", "packed", other_size)  # packed to packed, in shards of another size
     convert(root / "other", root / "again", "packed", shard_size)
     assert files(root / "again") == files(root / "a")
-
-
-def test_skipped_images_stay_skipped_there_and_back(tmp_path):
-    gaps = [0, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 22]
-    for name, layout in (("a", "packed"), ("b", "per-image")):
-        write_codes(tmp_path / name, layout, skipped=gaps)
-    convert(tmp_path / "a", tmp_path / "unpacked", "per-image")
-    assert files(tmp_path / "unpacked") == files(tmp_path / "b")
-    convert(tmp_path / "b", tmp_path / "packed", "packed")
-    assert files(tmp_path / "packed") == files(tmp_path / "a")
-    convert(tmp_path / "a", tmp_path / "other", "packed", 4)
-    convert(tmp_path / "other", tmp_path / "again", "packed", 10)
-    assert files(tmp_path / "again") == files(tmp_path / "a")
 
 
 def test_published_codes_are_packed(tmp_path):
@@ -76,12 +68,12 @@ def test_published_codes_are_packed(tmp_path):
     assert np.load(tmp_path / "b" / "toy32_codes" / "00002.npy").dtype == np.uint16
     assert np.array_equal(packed.batch(np.arange(23), np.ones(23, int))[0], codes[:, 1])
     assert np.array_equal(packed.labels, labels)
-    convert(tmp_path / "a", tmp_path / "c", "packed", codebook=512)
+    convert(tmp_path / "a", tmp_path / "c", "packed", None, 512)
     assert Codes(tmp_path / "c", "toy", 32).manifest.codebook_size == 512
 
 
 @pytest.mark.parametrize("layout", ["packed", "per-image"])
-def test_cut_off_and_continued_is_the_same(tmp_path, layout):
+def test_cut_off_and_resumed_is_the_same(tmp_path, layout):
     other = {"packed": "per-image", "per-image": "packed"}[layout]
     write_codes(tmp_path / "source", other)
     convert(tmp_path / "source", tmp_path / "whole", layout)
@@ -91,28 +83,32 @@ def test_cut_off_and_continued_is_the_same(tmp_path, layout):
     lost = ["toy32_labels/00001.npy", "toy32_codes/00002.npy"] if layout == "packed" else ["toy32_labels/15.npy"]
     for name in lost:
         (cut / name).unlink()
-    kept = {path: path.stat().st_mtime_ns for path in cut.rglob("*0.npy")}
+    kept = {path: path.stat().st_mtime_ns for path in cut.rglob("*0.npy") if path.name in ("00000.npy", "0.npy")}
     with pytest.raises(InputError, match="unfinished"):
         Codes(cut, "toy", 32)
     assert convert(tmp_path / "source", cut, layout)
     assert files(cut) == files(tmp_path / "whole")
-    first = [path for path in kept if path.name in ("00000.npy", "0.npy")]
-    assert len(first) == 2
-    assert all(path.stat().st_mtime_ns == kept[path] for path in first)  # a finished shard is not written again
+    assert len(kept) == 2
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())  # a finished shard is not written again
     assert not convert(tmp_path / "source", cut, layout)
+
+
+def dies_at(monkeypatch, folder: str, name: str) -> None:
+    """The process is killed when it saves this file."""
+    write = Path.write_bytes
+
+    def dies(path, content):
+        if path.parent.name == folder and name in path.name:
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", dies)
 
 
 def test_killed_in_the_middle_and_run_again(tmp_path, monkeypatch):
     write_codes(tmp_path / "source", "per-image")
     convert(tmp_path / "source", tmp_path / "whole", "packed")
-    save = np.save
-
-    def dies(path, array):
-        if Path(path).parent.name == "toy32_labels" and "00001" in str(path):
-            raise KeyboardInterrupt
-        save(path, array)
-
-    monkeypatch.setattr(np, "save", dies)
+    dies_at(monkeypatch, "toy32_labels", "00001")
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path / "source", tmp_path / "cut", "packed")
     monkeypatch.undo()
@@ -150,9 +146,6 @@ def test_other_settings_or_foreign_files_are_not_mixed_in(tmp_path):
     with pytest.raises(InputError, match="holds files of something else"):  # itself
         Place(tmp_path / "a", "toy", 32).manifest.unlink()
         convert(tmp_path / "a", tmp_path / "a", "packed")
-    shutil.copytree(tmp_path / "a", tmp_path / "c")
-    with pytest.raises(InputError, match="holds files of something else"):
-        convert(tmp_path / "a", tmp_path / "c", "packed")
 
 
 def test_a_bad_code_or_label_names_its_file(tmp_path):
@@ -162,7 +155,7 @@ def test_a_bad_code_or_label_names_its_file(tmp_path):
         convert(tmp_path / "a", tmp_path / "b", "packed")
     assert not (tmp_path / "b").exists()
     with pytest.raises(InputError, match=r"--codebook-size 100: the manifest .* says 512"):
-        convert(tmp_path / "a", tmp_path / "b", "packed", codebook=100)
+        convert(tmp_path / "a", tmp_path / "b", "packed", None, 100)
     np.save(tmp_path / "a" / "toy32_codes" / "4.npy", np.full((1, 2, 16), -1))
     with pytest.raises(InputError, match="code -1 of image 4"):
         convert(tmp_path / "a", tmp_path / "b", "packed")
@@ -172,48 +165,136 @@ def test_a_bad_code_or_label_names_its_file(tmp_path):
         convert(tmp_path / "a", tmp_path / "b", "packed")
 
 
-def test_too_small_a_disk_is_seen_before_work_starts(tmp_path, monkeypatch):
-    write_codes(tmp_path / "a", "per-image", images=50, tokens=64)
-    free = shutil.disk_usage(tmp_path)._replace(free=12_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    with pytest.raises(InputError, match=r"and its disk has 0\.0 GB free"):
-        convert(tmp_path / "a", tmp_path / "b", "packed")
-    assert not (tmp_path / "b").exists()
-
-
-def test_the_commands(tmp_path):
+def test_the_commands(tmp_path, command, monkeypatch):
     write_codes(tmp_path / "a", "per-image")
-    packed = command("pack", tmp_path / "a", tmp_path / "b", "--shard-size", "7")
-    assert packed.returncode == 0, packed.stderr
-    assert "23 images, 2 views of 16 codes" in packed.stdout
-    unpacked = command("unpack", tmp_path / "b", tmp_path / "c")
-    assert unpacked.returncode == 0, unpacked.stderr
-    same = {name: content for name, content in files(tmp_path / "a").items() if name.endswith("npy")}
-    assert same == {name: content for name, content in files(tmp_path / "c").items() if name.endswith("npy")}
-    assert "is complete already" in command("pack", tmp_path / "a", tmp_path / "b", "--shard-size", "7").stdout
-
-
-@pytest.mark.skipif(os.name != "posix", reason="limits the size of a file by the shell")
-def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path):
-    write_codes(tmp_path / "a", "per-image", images=100, tokens=64, shard_size=50)
-    result = command("pack", tmp_path / "a", tmp_path / "b", limit=8)
-    assert_refused(result, "cannot write", "00000.npy")
+    with file_lock(tmp_path / "b" / "toy32.json"):
+        status, _, (error,) = command("pack", tmp_path / "a", tmp_path / "b")
+    assert status == 2 and "toy32.json is in use by process" in error
+    free = shutil.disk_usage(tmp_path)._replace(free=1_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: free)
+        status, _, (error,) = command("pack", tmp_path / "a", tmp_path / "b")
+    assert status == 2 and "and its disk has 0.00 MB free" in error and not files(tmp_path / "b")
+    pack = ("pack", tmp_path / "a", tmp_path / "b", "--shard-size", 10)
+    with limited(resource.RLIMIT_FSIZE, 700):  # a full disk leaves no half file
+        status, _, (error,) = command(*pack)
+    assert status == 2 and "cannot write" in error and "00000.npy" in error
     assert sorted(files(tmp_path / "b")) == ["toy32.unfinished.json"]
-    assert command("pack", tmp_path / "a", tmp_path / "b").returncode == 0
+    status, out, _ = command(*pack)
+    assert status == 0 and "23 images, 2 views of 16 codes" in out
+    assert "is complete already" in command(*pack)[1]
+    assert command("unpack", tmp_path / "b", tmp_path / "c")[0] == 0
+    assert files(tmp_path / "c") == files(tmp_path / "a")
 
 
-def test_wrong_command_lines_are_one_line(tmp_path):
+def test_wrong_command_lines_are_one_line(tmp_path, command):
     write_codes(tmp_path / "a", "per-image")
     write_codes(tmp_path / "a", "per-image", size=64)
-    assert_refused(
-        command("pack", tmp_path / "a", tmp_path / "b"), "--dataset toy --image-size 32, --dataset toy --image-size 64"
-    )
-    assert_refused(
-        command("pack", tmp_path / "a", tmp_path / "b", "--image-size", "16"), "has no {dataset}16_codes", "toy"
-    )
-    assert_refused(command("pack", tmp_path / "none", tmp_path / "b"), "there is no folder")
-    assert_refused(command("pack", tmp_path / "a"), "dst", "python -m dataset.codes pack --help")
-    assert_refused(command("pack", tmp_path / "a", tmp_path / "b", "--shard-size", "0"), "at least 1")
     (tmp_path / "a" / "toy64_codes" / "9.npy").write_bytes(b"")
-    assert_refused(command("pack", tmp_path / "a", tmp_path / "b", "--image-size", "64"), "9.npy", "damaged")
+    (tmp_path / "file").touch()
+    pack = ("pack", tmp_path / "a", tmp_path / "b")
+    for line, message in (
+        (pack, "choose one by --dataset toy --image-size 32 or --dataset toy --image-size 64"),
+        ((*pack, "--image-size", 16), "has no {dataset}16_codes: there is toy32, toy64"),
+        (("pack", tmp_path / "none", tmp_path / "b"), "there is no folder"),
+        (("pack", tmp_path / "a", tmp_path / "file"), "file is no folder"),
+        (("pack", tmp_path / "a"), "dst (see python -m dataset.codes pack --help)"),
+        ((*pack, "--shard-size", 0), "argument --shard-size: expected a whole number from 1 to 2**31 - 1, got 0"),
+        ((*pack, "--image-size", 64), "9.npy is truncated or damaged"),
+        (("pack",), "src, dst"),
+        (("packs",), "expected pack, unpack, merge or check, got 'packs'"),
+        ((), "expected pack, unpack, merge or check"),
+    ):
+        status, _, (error,) = command(*line)
+        assert status == 2 and message in error
     assert not (tmp_path / "b").exists()
+    assert "resume where they were cut off" in command("--help")[1]
+
+
+def published(root: Path, **more) -> tuple[np.ndarray, np.ndarray]:
+    """Codes in the published layout, without a manifest."""
+    written = write_codes(root, "per-image", **more)
+    (root / "toy32.json").unlink()
+    return written
+
+
+def test_a_published_folder_is_packed_once_and_again_when_it_changes(tmp_path, capfd):
+    codes, labels = published(tmp_path)
+    opened = Codes(tmp_path, "toy", 32)
+    assert opened.manifest is None and "toy32_packed" in opened.hint
+    assert np.array_equal(opened.batch(np.arange(23), np.ones(23, int))[0], codes[:, 1])
+    assert np.array_equal(opened.labels, labels)
+    assert capfd.readouterr().err.count("packing it into") == 1
+    copy = files(tmp_path / "toy32_packed")
+    assert opened.fingerprint() == Codes(tmp_path, "toy", 32).fingerprint()
+    assert np.array_equal(
+        Codes(tmp_path / "toy32_packed", "toy", 32).labels, labels
+    )  # a folder of codes like any other
+    assert "packing" not in capfd.readouterr().err and files(tmp_path / "toy32_packed") == copy
+
+    codes[4] += 1
+    np.save(tmp_path / "toy32_codes" / "4.npy", codes[4:5])
+    assert np.array_equal(Codes(tmp_path, "toy", 32).batch([4])[0], codes[4:5, 0])
+    assert "packing it into" in capfd.readouterr().err
+    path = tmp_path / "toy32_packed" / "toy32_codes" / "00000.npy"
+    path.write_bytes(path.read_bytes()[:-7])
+    assert np.array_equal(Codes(tmp_path, "toy", 32).batch(np.arange(23))[0], codes[:, 0])  # a damaged copy is mended
+
+
+def test_a_killed_packing_is_resumed_and_wide_codes_take_32_bits(tmp_path, monkeypatch):
+    codes, _ = published(tmp_path, images=50)
+    dies_at(monkeypatch, "toy32_labels", "00000")
+    with pytest.raises(KeyboardInterrupt):
+        Codes(tmp_path, "toy", 32).batch([0])
+    monkeypatch.undo()
+    assert np.array_equal(Codes(tmp_path, "toy", 32).batch(np.arange(50))[0], codes[:, 0])
+    codes[33, 0, 5] = 262143  # of a lookup-free tokenizer
+    np.save(tmp_path / "toy32_codes" / "33.npy", codes[33:34])
+    assert np.array_equal(Codes(tmp_path, "toy", 32).batch(np.arange(50))[0], codes[:, 0])
+    np.save(tmp_path / "toy32_codes" / "33.npy", -codes[33:34])
+    with pytest.raises(InputError, match=r"33.npy: code -\d+ of image 33"):
+        Codes(tmp_path, "toy", 32).batch([0])
+
+
+def test_where_nothing_can_be_written_the_copy_lies_in_the_cache(tmp_path, monkeypatch):
+    codes, _ = published(tmp_path / "codes")
+    access = repack.os.access
+    monkeypatch.setattr(repack.os, "access", lambda path, mode: "codes" not in Path(path).parts and access(path, mode))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = files(tmp_path / "codes")
+    assert np.array_equal(Codes(tmp_path / "codes", "toy", 32).batch(np.arange(23))[0], codes[:, 0])
+    assert files(tmp_path / "codes") == before and files(tmp_path / "cache")
+
+
+def test_processes_wait_for_the_one_that_packs_but_not_for_ever(tmp_path, monkeypatch, capfd):
+    codes, _ = published(tmp_path)
+    opened: list[Packed] = []
+    source = partial(open_folder, Place(tmp_path, "toy", 32))
+    with file_lock(tmp_path / "toy32_packed" / "toy32.json"):
+        threads = [threading.Thread(target=lambda: opened.append(packed_form(source()))) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        threads[0].join(0.3)
+        assert not opened
+    for thread in threads:
+        thread.join(30)
+    assert [np.array_equal(one.read(range(23))[0], codes) for one in opened] == [True] * 3
+    err = capfd.readouterr().err
+    assert err.count("waiting for it") >= 3 and err.count("packing it into") == 1
+    np.save(tmp_path / "toy32_codes" / "4.npy", codes[3:4])
+    monkeypatch.setattr(repack, "PATIENCE", 0)
+    with file_lock(tmp_path / "toy32_packed" / "toy32.json"), pytest.raises(InputError, match="nothing was packed for"):
+        packed_form(source())
+
+
+@pytest.mark.parametrize(("name", "layout"), [("pack", "per-image"), ("unpack", "packed")])
+def test_codes_are_not_converted_in_place(tmp_path, command, name, layout):
+    """The advice for a folder of other settings, to delete it, would be to delete the source."""
+    write_codes(tmp_path / "codes", layout)
+    before = files(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "codes")
+    for target in ("codes", "link", "codes/../codes"):
+        status, _, (error,) = command(name, tmp_path / "codes", tmp_path / target)
+        assert status == 2 and "are the same folder: give another one to write to" in error
+    (tmp_path / "link").unlink()
+    assert files(tmp_path) == before

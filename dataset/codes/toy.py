@@ -1,13 +1,12 @@
 """For tests and benchmarks: small random codes in a folder."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dataset.codes import Manifest, Place, Writer
-from utils.files import write_json
+from dataset.codes.writer import ShardRecord
 
 CLASSES = ["a", "b", "c"]
 
@@ -32,16 +31,18 @@ def write_codes(
 
     seed: of the codes; the labels are the same for all. skipped: images to leave out. more: fields of the manifest.
     """
-    manifest = Manifest(
-        "toy", size, images, views, tokens, codebook, layout, shard_size, **{"classes": CLASSES, **more}
-    )
+    fields = {
+        "dataset": "toy", "image_size": size, "images": images, "views": views, "tokens": tokens,
+        "codebook_size": codebook, "layout": layout, "shard_size": shard_size, "classes": CLASSES,
+    }  # fmt: skip
+    manifest = Manifest(**{**fields, **more})
     writer = Writer(Place(root, "toy", size), manifest)
     writer.start()
     if codes is None:
         codes = np.random.default_rng(seed).integers(codebook, size=(images, views, tokens))
     if labels is None:
         labels = np.random.default_rng(0).integers(3, size=images)
-    for shard in range(manifest.shards):
+    for shard in manifest.own_shards:
         rows = [i for i in manifest.rows(shard) if i not in skipped]
         gaps = [{"image": i, "path": f"a/{i}.png", "reason": "broken"} for i in manifest.rows(shard) if i in skipped]
         writer.write(shard, codes[rows], labels[rows], gaps)
@@ -51,13 +52,12 @@ def write_codes(
 
 def unfinish(root: Path, name: str = "toy32") -> None:
     """Turn finished codes into those of a run that was killed just before the end."""
-    values = json.loads((root / f"{name}.json").read_text())
+    manifest = Manifest.read(root / f"{name}.json")
     (root / f"{name}.json").unlink()
-    manifest = Manifest(**values)
-    for shard, sha256 in enumerate(manifest.shards_sha256):
-        skipped = [row for row in manifest.skipped if row["image"] in manifest.rows(shard)]
-        write_json(root / f"{name}.unfinished" / f"{shard:05d}.json", {"sha256": sha256, "skipped": skipped})
-    write_json(root / f"{name}.unfinished.json", {**values, "shards_sha256": []})
+    for shard, (sha256, largest) in enumerate(zip(manifest.shards_sha256, manifest.shards_max, strict=True)):
+        record = ShardRecord(sha256=sha256, skipped=manifest.gaps(shard), max=largest)
+        record.write(root / f"{name}.unfinished" / f"{shard:05d}.json")
+    manifest.changed(shards_sha256=[], shards_max=[]).write(root / f"{name}.unfinished.json")
 
 
 def files(root: Path) -> dict[str, bytes]:
