@@ -1,18 +1,20 @@
-"""Which weights are published, where, and how their figures were drawn; `weights_file` turns a name into a file.
+"""Which weights are published, where, and how their figures were drawn; `find_weights` turns a name into a file.
 
 Names, FIDs and guidance scales are those of the READMEs of LlamaGen and of Next Patch Prediction; LlamaGen's scales are
 those with which its paper (arXiv 2406.06525, tables 8 to 10) reports these FIDs. Sizes, hashes and revisions are not
-listed here: what came is recorded beside the file (utils.hub).
+listed here: a record beside the file holds them (utils.download).
 """
 
-import argparse
+import zipfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BeforeValidator
 
 from utils.cli import InputError, note
-from utils.files import sha256
-from utils.hub import check, hub_file, local_path, parse_address, record_of, weights_folder
+from utils.download import check, hub_file, parse_address, record_of, weights_folder
 
 LLAMAGEN, NPP = "FoundationVision/LlamaGen", "pytttttt/LlamaGen-NPP"
 
@@ -32,7 +34,7 @@ class Weights(NamedTuple):
     @property
     def path(self) -> Path:
         """Where it is kept once it is fetched."""
-        return local_path(self.repo, self.file)
+        return weights_folder() / self.repo / self.file
 
 
 UNLINKED = "in the paper; its README links no such file"
@@ -100,20 +102,15 @@ def find_weights(text: str) -> Path:
     raise InputError(f"there is no file {text}{names}{hint}")
 
 
-def weights_file(text: str) -> Path:
-    """argparse type: what find_weights takes."""
-    try:
-        return find_weights(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+WeightsFile = Annotated[Path, BeforeValidator(find_weights)]  # the type of a setting: what find_weights takes
 
 
 def published_sampling(name_or_path: str | Path) -> dict[str, Any]:
     """How the figures of published weights were drawn: some of gpt_model, image_size, image_size_eval and cfg_scale, and
     `why`, a line that says whose setting it is and how the weights were recognised. Empty for any others.
 
-    A file is recognised by its name in the catalogue or by a record: its own, or one of the same sha256 in the folder of
-    weights. Else its file name alone must do: then what the published files of that name agree on is given.
+    A file is recognised by its name in the catalogue, by the record of its download, or by its parts' checksums, which are
+    those of a download. Else its file name alone must do: then what the published files of that name agree on is given.
     """
     names, how = _recognise(name_or_path)
     settings = [_sampling(CATALOGUE[name]) for name in names]
@@ -136,12 +133,14 @@ def _recognise(name_or_path: str | Path) -> tuple[list[str], str]:
         return _gpts([str(name_or_path)]), "by name"
     if not path.is_file():
         return [], ""
-    record = record_of(path) or _same_content(path)
-    if record:
-        of_record = [
-            name for name, row in CATALOGUE.items() if (row.repo, row.file) == (record["repo"], record["file"])
-        ]
+    if record := record_of(path):
+        of_record = [name for name, row in CATALOGUE.items() if (row.repo, row.file) == (record.repo, record.file)]
         return _gpts(of_record), "by the record of its download"
+    parts = _parts(path)
+    if copied := [
+        name for name, row in CATALOGUE.items() if parts and record_of(row.path) and _parts(row.path) == parts
+    ]:
+        return _gpts(copied), "it is a copy of the download"
     return _gpts(named(path.name)), "by its file name only; it has no record of a download"
 
 
@@ -149,9 +148,8 @@ def _gpts(names: Iterable[str]) -> list[str]:
     return [name for name in names if CATALOGUE[name].cfg_scale is not None]
 
 
-def _same_content(path: Path) -> dict[str, Any]:
-    """The record of a download of the same bytes, wherever this copy lies."""
-    records = [record_of(row.path) for row in CATALOGUE.values()]
-    same_size = [record for record in records if record and record["bytes"] == path.stat().st_size]
-    digest = sha256(path) if same_size else ""
-    return next((record for record in same_size if record["sha256"] == digest), {})
+def _parts(path: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and checksums of what is in a .pt file, as its end lists them; empty for the older form."""
+    with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as file:
+        return [(part.filename, part.file_size, part.CRC) for part in file.infolist()]
+    return []

@@ -1,16 +1,19 @@
 """Names, paths and addresses of weights; whose sampling settings a file gets."""
 
-import argparse
 import hashlib
 import json
+import os
 
 import pytest
+import torch
 
 from autoregressive.models import gpt
-from pretrained_models.catalogue import CATALOGUE, LLAMAGEN, NPP, find_weights, published_sampling, weights_file
+from pretrained_models.catalogue import CATALOGUE, LLAMAGEN, NPP, find_weights, published_sampling
 from tokenizer.tokenizer_image import vq_model
+from utils import download
 from utils.cli import InputError
-from utils.hub import parse_address
+from utils.download import parse_address
+from utils.files import sha256
 
 
 @pytest.fixture(autouse=True)
@@ -70,15 +73,25 @@ class TestFind:
     def test_a_changed_file_is_refused(self):
         downloaded("c2i_B_256")
         CATALOGUE["c2i_B_256"].path.write_bytes(b"weighty")
-        with pytest.raises(argparse.ArgumentTypeError, match=r"is not the file that was downloaded .*: delete it"):
-            weights_file("c2i_B_256")
+        with pytest.raises(InputError, match=r"is not the file that was downloaded .*: delete it"):
+            find_weights("c2i_B_256")
+
+    def test_a_file_is_hashed_once_until_it_changes(self, monkeypatch):
+        downloaded("c2i_B_256")
+        hashed, path = [], CATALOGUE["c2i_B_256"].path
+        monkeypatch.setattr(download, "sha256", lambda path: hashed.append(path) or sha256(path))
+        assert [find_weights("c2i_B_256") for _ in range(3)] == [path] * 3 and len(hashed) == 1
+        os.utime(path, (1, 1))
+        assert [find_weights("c2i_B_256") for _ in range(3)] == [path] * 3 and len(hashed) == 2
 
     def test_a_damaged_record(self):
         downloaded("c2i_B_256")
         record = CATALOGUE["c2i_B_256"].path.with_name("c2i_B_256.pt.json")
-        record.write_text("{")
-        with pytest.raises(InputError, match=r"c2i_B_256\.pt\.json is damaged: delete it"):
-            find_weights("c2i_B_256")
+        whole = record.read_text()
+        for damaged in ("{", "\x00" * 9, whole.replace('"bytes": 7', '"bytes": "many"')):
+            record.write_text(damaged)
+            with pytest.raises(InputError, match=r"c2i_B_256\.pt\.json is damaged: delete it"):
+                find_weights("c2i_B_256")
 
     def test_a_json_file_of_another_kind_is_no_record(self, tmp_path):
         (tmp_path / "a.pt").write_bytes(b"x")
@@ -87,23 +100,17 @@ class TestFind:
             assert find_weights(str(tmp_path / "a.pt")) == tmp_path / "a.pt"
 
     def test_what_is_not_there(self, tmp_path):
-        with pytest.raises(
-            argparse.ArgumentTypeError, match=r"there is no file nowhere, nor is it one of vq_ds16_c2i, .*hf://"
-        ):
-            weights_file("nowhere")
-        with pytest.raises(
-            argparse.ArgumentTypeError, match=r"there is no file .*c2i_L_384\.pt; python -m .* c2i_L_384"
-        ):
-            weights_file(str(tmp_path / "c2i_L_384.pt"))
+        with pytest.raises(InputError, match=r"there is no file nowhere, nor is it one of vq_ds16_c2i, .*hf://"):
+            find_weights("nowhere")
+        with pytest.raises(InputError, match=r"there is no file .*c2i_L_384\.pt; python -m .* c2i_L_384"):
+            find_weights(str(tmp_path / "c2i_L_384.pt"))
 
     @pytest.mark.parametrize(
         "text", ["hf://user/repo", "hf://user", "hf://user/repo/../../x", "hf://user/repo@/x", "hf:///a/b"]
     )
     def test_wrong_addresses(self, text):
-        with pytest.raises(
-            argparse.ArgumentTypeError, match="is no address of a file; expected hf://user/repo/file or"
-        ):
-            weights_file(text)
+        with pytest.raises(InputError, match="is no address of a file; expected hf://user/repo/file or"):
+            find_weights(text)
 
     def test_addresses(self):
         assert parse_address("hf://user/re.po-1/a/b.pt") == ("user/re.po-1", "a/b.pt", None)
@@ -118,13 +125,16 @@ class TestPublishedSampling:
         assert published_sampling("llamagen/c2i_XL_256")["cfg_scale"] == 1.75
         assert published_sampling("c2i_3B_384")["image_size"] == 384
 
-    def test_by_the_record_of_the_download_or_of_the_same_content(self, tmp_path):
-        downloaded("llamagen/c2i_XL_256")
-        (tmp_path / "mine.pt").write_bytes(b"weights")
-        (tmp_path / "other.pt").write_bytes(b"WEIGHTS")
-        for path in (CATALOGUE["llamagen/c2i_XL_256"].path, tmp_path / "mine.pt"):
+    def test_by_the_record_of_the_download_or_as_a_copy_of_it(self, tmp_path, monkeypatch):
+        """A copy is known by the checksums that it lists: nothing is hashed."""
+        for name, value in (("other", 1.0), ("mine", 2.0)):
+            torch.save({"model": torch.full((1000,), value)}, tmp_path / "archive.pt")
+            (tmp_path / "archive.pt").rename(tmp_path / f"{name}.pt")
+        downloaded("llamagen/c2i_XL_256", (tmp_path / "mine.pt").read_bytes())
+        monkeypatch.setattr(hashlib, "sha256", None)
+        for path, how in ((CATALOGUE["llamagen/c2i_XL_256"].path, "by the record"), (tmp_path / "mine.pt", "a copy")):
             found = published_sampling(path)
-            assert found["cfg_scale"] == 1.75 and "by the record of its download" in found["why"]
+            assert found["cfg_scale"] == 1.75 and how in found["why"]
         assert published_sampling(tmp_path / "other.pt") == {}
 
     def test_by_a_file_name_only_what_is_beyond_doubt(self, tmp_path):

@@ -1,28 +1,32 @@
 """Fetch published weights: python -m pretrained_models.download vq_ds16_c2i c2i_B_256
 
-A download that was cut off goes on where it stopped. What came (revision, sha256, bytes) is recorded beside the file and
+A download that was cut off resumes. The revision, sha256 and size of each file are recorded beside the file and
 checked at each use. `--list` shows the names.
 """
 
-from argparse import Namespace
+from pydantic import model_validator
+from typing_extensions import Self
 
 from pretrained_models.catalogue import CATALOGUE, Weights, fetched
 from utils import cli
-from utils.hub import record_of
+from utils.download import record_of
+from utils.settings import Settings, setting
 
 
-def parse() -> Namespace:
-    parser = cli.Parser(__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help="names of --list")
-    add("--revision", help="a branch, a tag or a commit of the repository instead of main")
-    add("--list", action="store_true", help="show the names and what is published of them, and stop")
-    args = parser.parse_args()
-    unknown = [name for name in args.names if name not in CATALOGUE]
-    if unknown or (not args.names and not args.list):
-        given = f"there are no weights {', '.join(unknown)}" if unknown else "no names given"
-        parser.error(f"{given}; expected some of {', '.join(CATALOGUE)}")
-    return args
+class DownloadSettings(Settings):
+    """The settings of this command; see --help."""
+
+    names: list[str] = setting([], "names of --list", positional=True)
+    revision: str | None = setting(None, "a branch, a tag or a commit of the repository instead of main")
+    list: bool = setting(False, "show the names and what is published of them, and stop")
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        unknown = [name for name in self.names if name not in CATALOGUE]
+        if unknown or not (self.names or self.list):
+            given = f"there are no weights {', '.join(unknown)}" if unknown else "no names given"
+            raise ValueError(f"{given}; expected some of {', '.join(CATALOGUE)}")
+        return self
 
 
 def megabytes(path_bytes: int) -> str:
@@ -32,7 +36,7 @@ def megabytes(path_bytes: int) -> str:
 def row_of(name: str, row: Weights) -> tuple[str, ...]:
     """The cells of --list. The size is that of the file that is there: none is published."""
     here = row.path.is_file()
-    record = record_of(row.path) if here else {}
+    record = record_of(row.path) if here else None
     return (
         name,
         row.model,
@@ -41,7 +45,7 @@ def row_of(name: str, row: Weights) -> tuple[str, ...]:
         "-" if row.cfg_scale is None else f"{row.cfg_scale:g}",
         f"{row.image_size} px",
         megabytes(row.path.stat().st_size) if here else "not here",
-        record["revision"][:12] if record else "-",
+        record.revision[:12] if record else "-",
         f"{row.repo}/{row.file}" + (f" ({row.remark})" if row.remark else ""),
     )
 
@@ -55,14 +59,14 @@ def listing() -> str:
 
 
 def main() -> None:
-    args = parse()
-    if args.list:
+    s = DownloadSettings.from_command_line(__doc__)
+    if s.list:
         print(listing())
         return
-    for name in args.names:
-        path = fetched(name, args.revision)
+    for name in s.names:
+        path = fetched(name, s.revision)
         record = record_of(path)
-        came = f"revision {record['revision']}, sha256 {record['sha256']}" if record else "put there by hand, no record"
+        came = f"revision {record.revision}, sha256 {record.sha256}" if record else "put there by hand, no record"
         print(f"{name}: {path}, {megabytes(path.stat().st_size)}, {came}")
 
 

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ import pytest
 from autoregressive.models import gpt
 from autoregressive.models.load import GPT
 from pretrained_models.catalogue import CATALOGUE
-from utils import weights
-from utils.testing import ROOT, assert_refused, fill_by_formula
+from utils import checkpoint
+from utils.testing import PATIENCE, ROOT, assert_refused, fill_by_formula
 
 CONTENT = bytes(range(256)) * 1000
 COMMITS = {"main": "a" * 40, "v1": "b" * 40, "a" * 40: "a" * 40, "b" * 40: "b" * 40}
@@ -28,13 +29,14 @@ NAME, PATH = "c2i_B_256", "pytttttt/LlamaGen-NPP/c2i_B_256.pt"
 class Hub(http.server.BaseHTTPRequestHandler):
     """Answers as the Hub does: it says what a file is, and sends whoever wants it to another host.
 
-    `cuts` are how many bytes that host sends before it hangs up, request by request.
+    `cuts` are how many bytes that host sends before it hangs up, request by request; for -1 it answers with an error.
     """
 
     files: dict[str, bytes]
     cuts: list[int]
     ranges: list[str | None]
     tokens: dict[str, str | None]
+    delay = 0.0  # seconds before that host answers
     listed: str | None = None  # a sha256 other than the content's
 
     def do_HEAD(self):
@@ -88,12 +90,16 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def send(self, content: bytes):
         asked = self.headers.get("Range")
         self.ranges.append(asked)
+        time.sleep(self.delay)
         self.tokens["cdn"] = self.headers.get("Authorization")
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+        cut = self.cuts.pop(0) if self.cuts else len(content)
+        if cut < 0:
+            self.send_error(503)
+            return
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
-        cut = self.cuts.pop(0) if self.cuts else len(content)
         self.wfile.write(content[start : start + cut])
 
     def log_message(self, *_):
@@ -128,7 +134,13 @@ def run(folder: Path, address: str, *command: str, **env: str) -> subprocess.Com
         **env,
     }
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
     )
 
 
@@ -144,6 +156,7 @@ def test_what_came_is_recorded(hub, folder):
     digest = hashlib.sha256(CONTENT).hexdigest()
     assert json.loads((folder / f"{PATH}.json").read_text()) == {
         "repo": "pytttttt/LlamaGen-NPP", "file": "c2i_B_256.pt", "revision": "a" * 40, "sha256": digest, "bytes": len(CONTENT),
+        "mtime_ns": path.stat().st_mtime_ns,
     }  # fmt: skip
     assert f"revision {'a' * 40}, sha256 {digest}" in result.stdout and str(path) in result.stdout
     assert {file.name for file in path.parent.iterdir()} == {path.name, f"{path.name}.json", f".{path.name}.lock"}
@@ -155,14 +168,16 @@ def test_what_came_is_recorded(hub, folder):
 
 
 def test_a_cut_download_goes_on_in_the_next_attempt_and_the_next_process(hub, folder):
-    hub.cuts += [100_000, 0]
+    """huggingface_hub writes pieces of 10 MiB."""
+    hub.files[PATH] = CONTENT * 120
+    hub.cuts += [11 << 20, -1]
     result = download(folder, hub.address, NAME)
-    assert_refused(result, "c2i_B_256.pt was not fetched", "try again, it goes on", "by hand and put it at")
+    assert_refused(result, "c2i_B_256.pt was not fetched", "try again, it resumes", "by hand and put it at")
     assert not (folder / PATH).exists()
-    hub.cuts += [50_000]
+    hub.cuts += [11 << 20]
     assert download(folder, hub.address, NAME).returncode == 0
-    assert (folder / PATH).read_bytes() == CONTENT
-    assert hub.ranges == [None, "bytes=100000-", "bytes=100000-", "bytes=150000-"]
+    assert (folder / PATH).read_bytes() == CONTENT * 120
+    assert hub.ranges == [None, "bytes=10485760-", "bytes=10485760-", "bytes=20971520-"]
 
 
 def test_a_changed_file_is_refused_ever_after(hub, folder):
@@ -220,6 +235,7 @@ def test_something_else_answers(hub, folder):
 
 
 def test_two_processes_fetch_a_file_once(hub, folder):
+    hub.delay = 5  # so that both are at it
     code = "import sys; from pretrained_models.catalogue import find_weights; print(find_weights(sys.argv[1]))"
     found = []
     threads = [
@@ -245,13 +261,13 @@ def test_models_come_from_the_hub_by_the_name_of_their_repository(hub, folder, t
     """What save_pretrained wrote, through GPT.from_pretrained("user/repo"), in several files."""
     config = gpt.preset("GPT-XXS", vocab_size=8, num_classes=2, block_size=4)
     model = fill_by_formula(GPT(config))
-    weights.fill_folder(tmp_path, model.state_dict(), {"config": vars(config), "gpt_model": "GPT-XXS"}, shard="1MB")
+    checkpoint.save_folder(tmp_path, model.state_dict(), {"config": vars(config), "gpt_model": "GPT-XXS"}, shard="1MB")
     hub.files |= {f"user/repo/{path.name}": path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert len(hub.files) > 4
     code = """
 import sys
 from autoregressive.models.load import GPT
-model = GPT.from_pretrained("user/repo")
+model = GPT.from_pretrained("user/repo@main")
 print(model.about["gpt_model"], sum(p.detach().double().sum().item() for p in model.parameters()))
 """
     result = run(folder, hub.address, "-c", code)

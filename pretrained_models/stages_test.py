@@ -13,7 +13,7 @@ from autoregressive.models.gpt import PRESETS, Transformer
 from autoregressive.train import extract_codes_c2i, train_c2i
 from dataset.codes import __main__ as codes_tool
 from tokenizer.tokenizer_image import reconstruction_vq_ddp, vq_model, vq_train
-from tokenizer.tokenizer_image.load import load_tokenizer
+from tokenizer.tokenizer_image.load import Tokenizer
 from utils import cli
 from utils.pixels import to_float
 from utils.samples import Samples
@@ -100,7 +100,7 @@ def test_per_image_codes_have_the_published_form(folder, tmp_path):
     pixels = np.array(Image.open(folder / "images" / "b" / "1.png"))
     picture = to_float(torch.from_numpy(pixels)[None])
     with torch.inference_mode():
-        expected = load_tokenizer(folder / "vq_ds16_c2i.pt")[0].encode(picture)
+        expected = Tokenizer.from_pretrained(folder / "vq_ds16_c2i.pt").encode(picture)
     assert codes[4][0, 0].tolist() == expected.flatten().tolist()
 
 
@@ -116,7 +116,14 @@ def test_per_image_codes_have_the_published_form(folder, tmp_path):
     ],
 )
 def test_every_stage_says_how_to_get_weights_that_are_not_there(tmp_path, monkeypatch, capsys, stage, flag):
-    command = ["check", str(tmp_path)] if stage is codes_tool else []
+    required = {
+        codes_tool: ("check",),
+        extract_codes_c2i: ("--code-path", "x", "--data-path"),
+        reconstruction_vq_ddp: ("--data-path",),
+        train_c2i: ("--code-path",),
+        vq_train: ("--data-path",),
+    }
+    command = [*required[stage], str(tmp_path)]
     monkeypatch.setenv("PRETRAINED_MODELS", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("sys.argv", ["stage", *command, flag, "c2i_L_384"])
