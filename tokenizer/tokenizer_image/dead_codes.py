@@ -14,12 +14,24 @@ class DeadCodes:
     def __init__(self, codebook_size: int, device: torch.device) -> None:
         self.seen = torch.zeros(codebook_size, dtype=torch.bool, device=device)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"seen": self.seen.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.seen.copy_(state["seen"])
+
     def note(self, codes: Tensor) -> None:
         self.seen[codes.flatten()] = True
 
     @torch.no_grad()
     def restart(
-        self, model: VQModel, ema: VQModel, optimizer: torch.optim.Optimizer, latents_BDHW: Tensor, seed: int, step: int
+        self,
+        model: VQModel,
+        ema: VQModel | None,
+        optimizer: torch.optim.Optimizer,
+        latents_BDHW: Tensor,
+        seed: int,
+        step: int,
     ) -> int:
         """Move unused entries to random latents, in the EMA too, and forget their moments. Returns how many there were."""
         dead = (~self.seen).nonzero()[:, 0]
@@ -29,7 +41,8 @@ class DeadCodes:
         chosen = torch.from_numpy((draws * len(rows_ND)).astype(np.int64)).to(rows_ND.device)
         weight = model.quantize.embedding.weight
         weight[dead] = rows_ND[chosen]
-        ema.quantize.embedding.weight[dead] = rows_ND[chosen]
+        if ema:
+            ema.quantize.embedding.weight[dead] = rows_ND[chosen]
         for moment in ("exp_avg", "exp_avg_sq"):
             optimizer.state[weight][moment][dead] = 0
         return len(dead)

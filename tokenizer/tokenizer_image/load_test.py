@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from tokenizer.tokenizer_image.load import Tokenizer, load_tokenizer
+from tokenizer.tokenizer_image.load import Tokenizer
 from tokenizer.tokenizer_image.vq_model import PRESETS, VQModel, preset
-from utils import checkpoint, weights
+from utils import checkpoint
 from utils.cli import InputError
 from utils.pixels import to_float
 from utils.testing import close, fill_by_formula, formula
@@ -43,8 +43,8 @@ def golden_difference(name: str, model: VQModel) -> None:
 def test_a_published_file_gives_the_published_numbers(published, capsys):
     """Without --vq-model: the tensors tell which one it is."""
     name, path = published
-    model, about = load_tokenizer(path)
-    assert about["vq_model"] == name and model.config == PRESETS[name]
+    model = Tokenizer.from_pretrained(path)
+    assert model.about["vq_model"] == name and model.config == PRESETS[name]
     assert (
         f"loaded {name} from {path}: 7" in (said := capsys.readouterr().err)
         and "float32, raw weights, 200000 steps" in said
@@ -54,7 +54,7 @@ def test_a_published_file_gives_the_published_numbers(published, capsys):
 
 def test_it_still_does_after_an_export_to_the_hub(published, tmp_path):
     name, path = published
-    load_tokenizer(path)[0].save_pretrained(tmp_path / "hub")
+    Tokenizer.from_pretrained(path).save_pretrained(tmp_path / "hub")
     golden_difference(name, Tokenizer.from_pretrained(tmp_path / "hub"))
 
 
@@ -64,33 +64,45 @@ def small_file(folder: Path, **changes) -> Path:
     return folder / "vq.pt"
 
 
+def test_what_a_file_says_of_itself_is_checked(tmp_path):
+    for config in ({"num_res_blocks": 10**5}, {"num_res_blocks": 10**9}, {"ch": "32"}, {"encoder_ch_mult": (1,)}):
+        with pytest.raises(InputError, match=r"vq\.pt.* config"):
+            Tokenizer.from_pretrained(small_file(tmp_path, config={**asdict(SMALL), **config}))
+    with pytest.raises(InputError, match="vq_model: expected a short name"):
+        Tokenizer.from_pretrained(small_file(tmp_path, vq_model="../../x"))
+    state = VQModel(SMALL).state_dict()
+    state["quant_conv.bias"][0] = float("nan")
+    with pytest.raises(InputError, match=r"quant_conv\.bias has values that are not finite"):
+        Tokenizer.from_pretrained(small_file(tmp_path, model=state))
+
+
 def test_a_codebook_of_another_size_is_read_off_the_tensors(tmp_path):
     checkpoint.save(tmp_path / "vq.pt", {"model": VQModel(SMALL).state_dict()})
-    model, about = load_tokenizer(tmp_path / "vq.pt")
-    assert model.config == SMALL and about["vq_model"] == "VQ-4-small"
+    model = Tokenizer.from_pretrained(tmp_path / "vq.pt")
+    assert model.config == SMALL and model.about["vq_model"] == "VQ-4-small"
 
 
 def test_half_precision_files_compute_in_float32(tmp_path):
     half = {name: value.half() for name, value in VQModel(SMALL).state_dict().items()}
-    model, _ = load_tokenizer(small_file(tmp_path, model=half))
+    model = Tokenizer.from_pretrained(small_file(tmp_path, model=half))
     assert model.encode(torch.zeros(1, 3, 16, 16)).shape == (1, 4, 4)
 
 
 def test_folders_keep_what_the_file_said(tmp_path):
-    model, about = load_tokenizer(small_file(tmp_path, image_size=32, steps=9, args={"lr": 1}))
-    assert about["args"] == {"lr": 1} and "args" not in model.about
+    model = Tokenizer.from_pretrained(small_file(tmp_path, image_size=32, steps=9, args={"lr": 1}))
+    assert "args" not in model.about
     model.save_pretrained(tmp_path / "hub")
-    again, about = load_tokenizer(tmp_path / "hub")
-    assert (about["image_size"], about["steps"], about["vq_model"]) == (32, 9, "VQ-4-small")
+    again = Tokenizer.from_pretrained(tmp_path / "hub")
+    assert (again.about["vq_model"], again.about["image_size"], again.about["steps"]) == ("VQ-4-small", 32, 9)
     assert all(value.equal(model.state_dict()[name]) for name, value in again.state_dict().items())
 
 
 def test_ema_is_preferred_and_said_after_an_export(tmp_path, capsys):
     moved = {name: value + 1 for name, value in VQModel(SMALL).state_dict().items()}
-    model, about = load_tokenizer(small_file(tmp_path, ema=moved))
-    assert about["weights"] == "ema" and model.quant_conv.bias.equal(moved["quant_conv.bias"])
-    weights.write_folder(tmp_path / "hub", model.state_dict(), {**model.about, "config": asdict(SMALL)}, "")
-    assert load_tokenizer(tmp_path / "hub")[1]["weights"] == "ema"
+    model = Tokenizer.from_pretrained(small_file(tmp_path, ema=moved, args={}))
+    assert model.about["weights"] == "ema" and model.quant_conv.bias.equal(moved["quant_conv.bias"])
+    model.save_pretrained(tmp_path / "hub")
+    assert Tokenizer.from_pretrained(tmp_path / "hub").about["weights"] == "ema"
     assert capsys.readouterr().err.count("EMA weights") == 2
 
 
@@ -98,12 +110,12 @@ def test_the_preset_that_would_fit_is_named(published):
     name, path = published
     other = "VQ-8" if name == "VQ-16" else "VQ-16"
     with pytest.raises(
-        InputError, match=rf"loaded as {other}\) does not fit .*; they are those of {name} with 16384 codes"
+        InputError, match=rf"loaded as {other}\) does not fit .*; they are those of {name} .codebook_size 16384,"
     ):
-        load_tokenizer(path, other)
+        Tokenizer.from_pretrained(path, other)
 
 
 def test_no_tokenizer_at_all(tmp_path):
     checkpoint.save(tmp_path / "x.pt", {"model": {"weight": torch.zeros(2)}})
     with pytest.raises(InputError, match="no tokenizer preset has these tensors"):
-        load_tokenizer(tmp_path / "x.pt")
+        Tokenizer.from_pretrained(tmp_path / "x.pt")

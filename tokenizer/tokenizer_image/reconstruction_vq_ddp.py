@@ -1,121 +1,276 @@
-"""Reconstruct an ImageFolder with a tokenizer into one .npz for the evaluator; say PSNR and MSE.
+"""Reconstruct a folder of images with a tokenizer into one .npz for the evaluator; say PSNR, SSIM and codes in use.
 
     bash scripts/tokenizer/reconstruct_vq.sh --data-path imagenet/val --vq-model VQ-16 \
         --vq-ckpt pretrained_models/vq_ds16_c2i.pt --image-size 256
 
-Batches are dealt out to the processes and written in the order of the sorted folder, with labels.
+Batches are dealt out to the processes and written in the order of the sorted folder, with labels. Images that cannot be
+read are skipped. Beside NAME.npz stand NAME.json (figures, and what it is made of; the same command does not make it
+again), NAME.png (images and their reconstructions, the worst ones too) and NAME-reference.npz: the evaluator's rFID is
+
+    python3 evaluations/c2i/evaluator.py NAME-reference.npz NAME.npz
 """
 
-import shutil
-from argparse import Namespace
-from collections.abc import Iterator
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the modules of this clone, whatever else is installed
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import nn
 
-from dataset.images import ImageFolder
-from pretrained_models.catalogue import weights_file
-from tokenizer.tokenizer_image.load import load_tokenizer
-from tokenizer.tokenizer_image.vq_data import Crops
-from tokenizer.tokenizer_image.vq_model import VQModel
-from utils import cli, samples
-from utils.distributed import World, world
-from utils.files import atomic_path, write_json
+from dataset.images import CropRequest, ImageFolder, ImageSettings, check_some_readable, read_crops, skipped_text
+from dataset.listing import ImagesPath
+from pretrained_models.catalogue import WeightsFile
+from tokenizer.tokenizer_image.load import Tokenizer
+from tokenizer.tokenizer_image.perceptual import LPIPS, lpips_is_here
+from tokenizer.tokenizer_image.similarity import WINDOW, figures
+from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel, code_health
+from utils import cli, draw, samples
+from utils.distributed import World, join_world
+from utils.download import recorded_sha256
+from utils.files import atomic_path, check_output, check_space, file_lock
 from utils.log import progress
 from utils.pixels import resize, to_float, to_uint8
+from utils.records import Record
+from utils.settings import Count, ImageSize, PositiveInt, differences, setting
+
+COLUMNS = 8  # of the picture
 
 
-def parse() -> Namespace:
-    parser = cli.Parser(__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--data-path", type=cli.existing_folder, required=True, help="an ImageFolder: one folder of images a class")
-    add("--vq-model", help="insist on this tokenizer preset; default: what the file says, or what its tensors are of")
-    add("--vq-ckpt", type=weights_file, required=True)
-    add("--image-size", type=cli.positive_int, default=256)
-    add("--image-size-eval", type=cli.positive_int, help="resize images and reconstructions to this (bicubic)")
-    add("--num-images", type=cli.positive_int, help="evenly spaced over the sorted folder; default: all")
-    add("--per-proc-batch-size", type=cli.positive_int, default=32)
-    add("--num-workers", type=cli.count, default=0, help="processes that read images, for each that reconstructs")
-    add("--sample-dir", type=Path, default=Path("reconstructions"))
-    add("--out", type=Path, help="the .npz; default: a name in --sample-dir that says what it holds")
-    return parser.parse_args()
+class ReconstructionSettings(ImageSettings):
+    """The settings of a reconstruction; see --help."""
 
-
-def file_name(args: Namespace, vq_model: str, images: int) -> str:
-    """What the file holds: tokenizer, its checkpoint, the images' folder, their number and sizes."""
-    size = args.image_size_eval or args.image_size
-    return (
-        f"{vq_model}-{args.vq_ckpt.stem}-{args.data_path.resolve().name}-{images}-"
-        f"size-{args.image_size}-size-{size}.npz"
+    data_path: ImagesPath = setting(help="a folder of images: one folder a class, or flat", free=True)
+    vq_model: str | None = setting(
+        None, "insist on this tokenizer preset; default: what the file says, or what its tensors are of", free=True
     )
+    vq_ckpt: WeightsFile = setting(help="tokenizer weights", free=True, metavar="WEIGHTS")
+    image_size: ImageSize = setting(256)
+    image_size_eval: ImageSize | None = setting(None, "resize images and reconstructions to this (bicubic)")
+    num_images: PositiveInt | None = setting(None, "evenly spaced over the sorted folder; default: all")
+    per_proc_batch_size: PositiveInt = setting(32, "images at once", free=True)
+    num_workers: Count = setting(0, "processes that read images, for each that reconstructs", free=True)
+    codebook_size: PositiveInt | None = setting(None, "insist on it", free=True)
+    codebook_embed_dim: PositiveInt | None = setting(None, "insist on it", free=True)
+    dataset: str | None = setting(
+        None, "in the .npz's name; default: the name of the folder", free=True, metavar="NAME"
+    )
+    lpips: bool | None = setting(None, "measure LPIPS too; default: where its weights need no download")
+    reference: bool = setting(True, "write the images themselves, too, to compare with")
+    sample_dir: Path = setting(Path("reconstructions"), free=True)
+    out: Path | None = setting(None, "the .npz; default: a name in --sample-dir that says what it holds", free=True)
+
+    @property
+    def final_size(self) -> int:
+        return self.image_size_eval or self.image_size
+
+    def out_path(self, vq_model: str, config: VQConfig) -> Path:
+        """--out, or the published name. (Nothing is random here; its seed is 0.)"""
+        sizes = f"size-{self.image_size}-size-{self.final_size}"
+        codebook = f"codebook-size-{config.codebook_size}-dim-{config.codebook_embed_dim}"
+        name = f"{vq_model}-{self.dataset or self.data_path.resolve().name}-{sizes}-{codebook}-seed-0.npz"
+        return self.out or self.sample_dir / name
+
+    def check(self, model: VQModel, vq_model: str) -> None:
+        """Raise InputError for what the tokenizer is not, or for sizes that do not fit it."""
+        for name in ("codebook_size", "codebook_embed_dim"):
+            wanted, known = getattr(self, name), getattr(model.config, name)
+            if wanted not in (None, known):
+                raise cli.InputError(f"--{name.replace('_', '-')} {wanted}, but that of {self.vq_ckpt} is {known}")
+        if self.image_size % model.downsample:
+            raise cli.InputError(
+                f"--image-size {self.image_size} is no multiple of {model.downsample}, the side of a code of {vq_model}"
+            )
+        if self.final_size < WINDOW:
+            raise cli.InputError(
+                f"images of {self.final_size} px are too small for SSIM, which takes {WINDOW} px and more"
+            )
 
 
-def error_per_image(decoded_NHWC: Tensor, images_NHWC: Tensor) -> Tensor:
-    """Mean squared error (N,) of uint8 images, of pixels in 0..1, float64."""
-    return (decoded_NHWC.double() - images_NHWC.double()).div(255).square().mean(dim=(1, 2, 3))
+class ReconstructionRecord(Record):
+    """The .json beside the .npz: what was made of what, and how good it is."""
+
+    images: int
+    psnr: float
+    mse: float
+    ssim: float | None = None
+    ssim_published: float | None = None
+    lpips: float | None = None
+    codebook_usage: float | None = None
+    perplexity: float | None = None
+    dead_codes: int | None = None
+    vq_model: str
+    weights: str
+    settings: dict[str, Any] = {}
+    bytes: int | None = None
+    skipped: list[dict[str, Any]] = []
 
 
 @torch.inference_mode()
 def reconstruct(
-    model: VQModel, crops: Crops, parts: list[tuple[Path, np.ndarray]], here: World, *, size: int, workers: int
-) -> tuple[float, float]:
-    """Write each part (file, image indices) of this process; return PSNR (mean over images) and MSE of all processes."""
-    totals = torch.zeros(3, dtype=torch.float64, device=here.device)  # PSNR, MSE, images
-    mine = parts[here.rank :: here.size]
-    loader = DataLoader(
-        crops, batch_sampler=[[(int(i), 0) for i in indices] for _, indices in mine], num_workers=workers
-    )
-    with progress(total=sum(len(i) for _, i in mine), desc="reconstructing", unit=" images", show=here.is_main) as bar:
-        for (path, _), images_NHWC in zip(mine, loader, strict=True):
-            images = to_float(images_NHWC.to(here.device)).contiguous(memory_format=torch.channels_last)
-            decoded = to_uint8(resize(model.reconstruct(images), size))
-            mse = error_per_image(decoded, to_uint8(resize(images, size)))
-            psnr = -10 * mse.clamp(min=1e-10).log10()
-            totals += torch.stack((psnr.sum(), mse.sum(), mse.new_tensor(len(mse))))
+    model: VQModel,
+    folder: ImageFolder,
+    parts: list[tuple[Path, np.ndarray]],
+    world: World,
+    *,
+    image_size: int,
+    final_size: int,
+    workers: int,
+    perceptual: nn.Module | None = None,
+) -> dict[str, float]:
+    """Write each part (file, image indices) of this process; return the figures of all processes, means over images.
+
+    perceptual: LPIPS, if it is to be measured.
+    """
+    counts_V = torch.zeros(model.config.codebook_size, dtype=torch.int64, device=world.device)
+    done = torch.zeros((), dtype=torch.float64, device=world.device)
+    names = ["psnr", "mse", "ssim", "ssim_published", *(["lpips"] if perceptual else [])]
+    sums = torch.zeros(len(names), dtype=torch.float64, device=world.device)
+    mine = parts[world.rank :: world.size]
+    requests = [CropRequest(indices, (image_size,)) for _, indices in mine]
+    batches = read_crops(folder, requests, workers=workers)
+    with progress(total=sum(len(i) for _, i in mine), desc="reconstructing", unit=" images", show=world.is_main) as bar:
+        for (path, indices), batch in zip(mine, batches, strict=True):
+            pixels = originals = np.empty((0, final_size, final_size, 3), np.uint8)
+            error_N = np.empty(0)
+            if len(batch.images):
+                images = to_float(torch.from_numpy(batch.crops[0]).to(world.device))
+                images = images.contiguous(memory_format=torch.channels_last)
+                codes_BHW = model.encode(images)
+                counts_V += torch.bincount(codes_BHW.flatten(), minlength=len(counts_V))
+                scaled, decoded = (resize(x, final_size) for x in (images, model.decode_code(codes_BHW)))
+                kept, made = to_uint8(scaled), to_uint8(decoded)
+                found = figures(kept, made)
+                if perceptual:
+                    found["lpips"] = perceptual(to_float(kept), to_float(made)).double() * len(kept)
+                sums += torch.stack([found[name].sum() for name in names])
+                done += len(kept)
+                error_N, originals, pixels = found["mse"].cpu().numpy(), kept.cpu().numpy(), made.cpu().numpy()
+            skipped = json.dumps(batch.skipped)
             with atomic_path(path) as temporary:
-                np.save(temporary, decoded.cpu().numpy())
-            bar.update(len(images))
-    psnr, mse, n = here.sum(totals).tolist()
-    return psnr / n, mse / n
+                np.savez(
+                    temporary, pixels=pixels, originals=originals, error=error_N, images=batch.images, skipped=skipped
+                )
+            bar.update(len(indices))
+    means = world.sum(sums) / world.sum(done).clamp(min=1)
+    return {**dict(zip(names, means.tolist(), strict=True)), **code_health(world.sum(counts_V))}
 
 
-def read_parts(parts: list[tuple[Path, np.ndarray]]) -> Iterator[np.ndarray]:
+def read_parts(parts: list[tuple[Path, np.ndarray]], name: str) -> Iterator[np.ndarray]:
+    """What each part holds under a name."""
     for path, _ in parts:
-        yield np.load(path)
+        with np.load(path) as part:
+            yield part[name]
+
+
+def skipped_images(parts: list[tuple[Path, np.ndarray]]) -> list[dict[str, Any]]:
+    """What to record of images that could not be read."""
+    return [row for texts in read_parts(parts, "skipped") for row in json.loads(str(texts))]
+
+
+def draw_pairs(path: Path, parts: list[tuple[Path, np.ndarray]]) -> None:
+    """Images above their reconstructions: evenly spaced ones, and those with the largest errors, worst first."""
+    error_N = np.concatenate(list(read_parts(parts, "error")))
+    columns = min(COLUMNS, len(error_N))
+    even, worst = np.arange(columns) * len(error_N) // columns, np.argsort(-error_N, kind="stable")[:columns]
+    place = {int(i): row for row, i in enumerate(np.concatenate((even, worst)))}
+    rows: dict[str, dict[int, np.ndarray]] = {"originals": {}, "pixels": {}}
+    for name, found in rows.items():
+        start = 0
+        for batch in read_parts(parts, name):
+            found |= {i: batch[i - start] for i in place if start <= i < start + len(batch)}
+            start += len(batch)
+    images = [rows[name][int(i)] for chosen in (even, worst) for name in ("originals", "pixels") for i in chosen]
+    names = ("images", "decoded", "images with the largest errors", "decoded")
+    draw.save_image(path, draw.image_grid(np.stack(images), columns, names, max(1, 64 // images[0].shape[0])))
+
+
+def is_complete(out: Path, settings: dict[str, Any], replace: bool) -> bool:
+    """Whether `out` was made with these settings, as its record says.
+
+    Raises InputError if it was made with others, unless they may be replaced: the published name does not tell checkpoints
+    apart.
+    """
+    record = ReconstructionRecord.read_if_present(out.with_suffix(".json"))
+    whole = record is not None and out.is_file() and out.stat().st_size == record.bytes
+    different = differences(record.settings, settings, defaults=ReconstructionSettings.defaults()) if whole else []
+    if different and not replace:
+        raise cli.InputError(
+            f"{out} was made with {', '.join(different[:3])}: give another name by --out, or delete it"
+        )
+    return whole and bool(record.settings) and not different
 
 
 def main() -> None:
-    args = parse()
-    folder = ImageFolder(args.data_path)
-    model, about = load_tokenizer(args.vq_ckpt, args.vq_model)
-    if args.image_size % model.downsample:
-        raise cli.InputError(
-            f"--image-size {args.image_size} is no multiple of {model.downsample}, the side of a code of {about['vq_model']}"
-        )
-    n = min(args.num_images or len(folder), len(folder))
-    if args.num_images and args.num_images > len(folder):
-        raise cli.InputError(
-            f"--num-images {args.num_images} is more than the {len(folder)} images in {args.data_path}"
-        )
-    chosen = np.arange(n) * len(folder) // n
-    size = args.image_size_eval or args.image_size
-    out = args.out or args.sample_dir / file_name(args, about["vq_model"], n)
+    s = ReconstructionSettings.from_command_line(__doc__)
+    if s.out:
+        check_output(s.out, (".npz",))
+    folder = s.image_folder(s.data_path)
+    model = Tokenizer.from_pretrained(s.vq_ckpt, s.vq_model)
+    vq_model = model.about["vq_model"]
+    s.check(model, vq_model)
+    chosen = folder.evenly_spaced(s.num_images)
+    n = len(chosen)
+    out = check_output(s.out_path(vq_model, model.config), (".npz",))
+    cli.note(folder.summary())
     temporary = out.with_suffix(".parts")
-    starts = range(0, n, args.per_proc_batch_size)
-    parts = [(temporary / f"{start:08d}.npy", chosen[start : start + args.per_proc_batch_size]) for start in starts]
-    with world() as here:
-        model.to(here.device, memory_format=torch.channels_last)
-        psnr, mse = reconstruct(model, Crops(folder, args.image_size), parts, here, size=size, workers=args.num_workers)
-        here.barrier()
-        if here.is_main:
-            samples.write(out, read_parts(parts), (n, size, size, 3), folder.labels[chosen])
-            record = {"images": n, "psnr": psnr, "mse": mse, "vq_model": about["vq_model"], "weights": about["weights"]}
-            write_json(out.with_suffix(".json"), record)
+    starts = range(0, n, s.per_proc_batch_size)
+    parts = [(temporary / f"{start:08d}.npz", chosen[start : start + s.per_proc_batch_size]) for start in starts]
+    present = sum(path.stat().st_size for path in [out, *(path for path, _ in parts)] if path.is_file())
+    check_space(out.parent, 4 * n * 3 * s.final_size**2, present)  # images and reconstructions, in parts and whole
+    made_of = {key: value for key, value in s.plain().items() if key not in s.free()}
+    made_of |= {
+        "lpips": lpips_is_here() if s.lpips is None else s.lpips,
+        "content_id": folder.content_id(), "vq_model": vq_model, "tokenizer_sha256": recorded_sha256(s.vq_ckpt),
+    }  # fmt: skip
+    with join_world() as world, ExitStack() as locks:
+        world.check_shared(out.parent)
+        world.from_main(lambda: locks.enter_context(file_lock(out)))
+        if world.from_main(lambda: is_complete(out, made_of, replace=s.out is not None)):
+            if world.is_main:
+                print(f"{out} is complete already")
+            return
+        perceptual = LPIPS().to(world.device) if made_of["lpips"] else None
+        model.to(world.device, memory_format=torch.channels_last)
+        found = reconstruct(
+            model, folder, parts, world, image_size=s.image_size, final_size=s.final_size, workers=s.num_workers,
+            perceptual=perceptual,
+        )  # fmt: skip
+        world.barrier()
+        if world.is_main:
+            skipped = skipped_images(parts)
+            check_some_readable(folder, skipped, n)
+            kept = np.concatenate(list(read_parts(parts, "images")))
+            shape = (len(kept), s.final_size, s.final_size, 3)
+            if s.reference:
+                reference = out.with_name(f"{out.stem}-reference.npz")
+                samples.write(reference, read_parts(parts, "originals"), shape, folder.labels[kept])
+            samples.write(out, read_parts(parts, "pixels"), shape, folder.labels[kept])
+            draw_pairs(out.with_suffix(".png"), parts)
+            ReconstructionRecord(
+                images=len(kept), **found, vq_model=vq_model, weights=model.about["weights"], settings=made_of,
+                bytes=out.stat().st_size, skipped=skipped,
+            ).write(out.with_suffix(".json"))  # fmt: skip
             shutil.rmtree(temporary)
-            print(f"wrote {out}: {n} images of {size} px, PSNR {psnr:.3f}, MSE {mse:.6f} (pixels in 0..1)")
+            if skipped:
+                print(skipped_text(skipped, n))
+            print(f"wrote {out}: {len(kept)} images of {s.final_size} px, {in_words(found)}")
+
+
+def in_words(found: dict[str, float]) -> str:
+    lpips = f", LPIPS {found['lpips']:.4f}" if "lpips" in found else ""
+    return (
+        f"PSNR {found['psnr']:.3f}, SSIM {found['ssim']:.4f} ({found['ssim_published']:.4f} by the published data range of 2)"
+        f"{lpips}, MSE {found['mse']:.6f} (pixels in 0..1), {found['codebook_usage']:.1%} of the codes in use, "
+        f"perplexity {found['perplexity']:.1f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,67 +1,88 @@
-"""Batches of crops for tokenizer training: from RAM where the whole set fits, else read by worker processes."""
+"""Batches of crops for tokenizer training: from RAM where the whole set fits, else read by worker processes.
 
-from collections.abc import Iterable, Iterator
+The place of an image that cannot be read is taken by the next one that can, so the plan of a run stays the same.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from dataset.images import ImageFolder, load_image, load_images
+from dataset.images import CropBatch, CropRequest, ImageFolder, read_crops, readable_crops, skipped_text
 from dataset.sampler import Selection
+from utils.cli import InputError, note
 
 CACHE_BYTES = 1_000_000_000
 
 
-class Crops(Dataset):
-    """(image, mirrored) -> uint8 (size, size, 3), the centre of image i of the folder."""
-
-    def __init__(self, folder: ImageFolder, size: int) -> None:
-        self.folder, self.size = folder, size
-
-    def __len__(self) -> int:
-        return len(self.folder)
-
-    def __getitem__(self, key: tuple[int, int]) -> Tensor:
-        image, mirrored = key
-        crop = load_image(self.folder.paths[image], self.size)
-        return torch.from_numpy(np.array(crop[:, ::-1] if mirrored else crop))
+def mirrored(images_BHWC: Tensor, views_B: np.ndarray) -> Tensor:
+    """The images, those of view 1 mirrored in place."""
+    mirror_B = torch.from_numpy(views_B == 1)
+    images_BHWC[mirror_B] = images_BHWC[mirror_B].flip(2)
+    return images_BHWC
 
 
 class ReadBatches:
     """Reads each batch when it is due."""
 
-    def __init__(self, crops: Crops, workers: int) -> None:
-        self.crops, self.workers = crops, workers
+    def __init__(self, folder: ImageFolder, size: int, workers: int) -> None:
+        self.folder, self.size, self.workers = folder, size, workers
+        self._mentioned: set[int] = set()
 
-    def __call__(self, selections: Iterable[Selection]) -> Iterator[Tensor]:
-        """Selections (indices, views: 1 is mirrored) -> uint8 (B, size, size, 3)."""
-        keys = (list(zip(s.indices.tolist(), s.views.tolist(), strict=True)) for s in selections)
-        pin = torch.cuda.is_available()
-        return iter(DataLoader(self.crops, batch_sampler=keys, num_workers=self.workers, pin_memory=pin))
+    def __call__(
+        self, selections: Iterable[Selection], places: Callable[[np.ndarray], np.ndarray] | None = None
+    ) -> Iterator[Tensor]:
+        """Selections (indices, views: 1 is mirrored) -> uint8 (B, size, size, 3).
+
+        places: of random crops (B, 3), by images' numbers; None: centre crops.
+        """
+        under_way: deque[Selection] = deque()
+
+        def requests() -> Iterator[CropRequest]:
+            for selection in selections:
+                under_way.append(selection)
+                yield CropRequest(selection.indices, (self.size,), places and places(selection.indices))
+
+        for batch in read_crops(self.folder, requests(), workers=self.workers):
+            selection = under_way.popleft()
+            yield mirrored(torch.from_numpy(self._complete(batch, selection.indices)), selection.views)
+
+    def _complete(self, batch: CropBatch, indices: np.ndarray) -> np.ndarray:
+        """The crops of a batch, with others in the places of the images that cannot be read."""
+        if not batch.skipped:
+            return batch.crops[0]
+        if new := [row for row in batch.skipped if row["image"] not in self._mentioned]:
+            note(f"{skipped_text(new, len(self.folder))}; the next ones take their places")
+            self._mentioned |= {row["image"] for row in new}
+        crops = dict(zip(batch.images.tolist(), batch.crops[0], strict=True))
+        return np.stack([crops[i] if i in crops else self._next(i) for i in indices.tolist()])
+
+    def _next(self, image: int) -> np.ndarray:
+        for i in (*range(image + 1, len(self.folder)), *range(image)):
+            if isinstance(crops := self.folder.crops(i, (self.size,)), list):
+                return crops[0]
+        raise InputError(f"none of the {len(self.folder)} images of {self.folder.root} can be read")
 
 
 class CachedBatches:
     """Decodes every image once and keeps it."""
 
-    def __init__(self, crops: Crops, show: bool) -> None:
-        self.images = torch.empty((len(crops), crops.size, crops.size, 3), dtype=torch.uint8)
-        done = 0
-        for batch in load_images(crops.folder.paths, crops.size, show=show):
-            self.images[done : done + len(batch)] = torch.from_numpy(batch)
-            done += len(batch)
+    def __init__(self, folder: ImageFolder, size: int, show: bool) -> None:
+        crops, numbers = readable_crops(folder, size, show)
+        self.images = torch.from_numpy(crops)
+        self.rows = torch.from_numpy(np.searchsorted(numbers, np.arange(len(folder))) % len(numbers))
 
     def __call__(self, selections: Iterable[Selection]) -> Iterator[Tensor]:
         """Selections (indices, views: 1 is mirrored) -> uint8 (B, size, size, 3)."""
         for selection in selections:
-            images_BHWC = self.images[torch.from_numpy(selection.indices)]
-            mirrored = torch.from_numpy(selection.views == 1)
-            images_BHWC[mirrored] = images_BHWC[mirrored].flip(2)
-            yield images_BHWC
+            yield mirrored(self.images[self.rows[torch.from_numpy(selection.indices)]], selection.views)
 
 
-def batches_of(folder: ImageFolder, size: int, workers: int, show: bool) -> ReadBatches | CachedBatches:
-    """What turns selections into batches: a cache if the crops take at most a gigabyte."""
-    crops = Crops(folder, size)
-    cached = len(folder) * size * size * 3 <= CACHE_BYTES
-    return CachedBatches(crops, show) if cached else ReadBatches(crops, workers)
+def batches_of(
+    folder: ImageFolder, size: int, workers: int, show: bool, random_crop: bool = False
+) -> ReadBatches | CachedBatches:
+    """What turns selections into batches: a cache if the crops are always the same and take at most a gigabyte."""
+    cached = not random_crop and len(folder) * size * size * 3 <= CACHE_BYTES
+    return CachedBatches(folder, size, show) if cached else ReadBatches(folder, size, workers)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 USAGE_LENGTH = 65536  # codes that the usage buffer remembers
 # Similarities held at once by the search for the nearest code, by device: a CPU is a third faster within its cache.
@@ -53,19 +54,26 @@ class VQConfig:
         return self.fold * 2 ** (len(self.encoder_ch_mult) - 1)
 
 
+# fmt: off
 PRESETS = {
     "VQ-16": VQConfig(),
     "VQ-8": VQConfig(encoder_ch_mult=(1, 2, 2, 4), decoder_ch_mult=(1, 2, 2, 4)),
+    # Of images of 32 px (grids of 16 x 16 and 8 x 8 codes), 64 and 128 px (16 x 16).
+    "VQ-2-small": VQConfig(
+        ch=32, encoder_ch_mult=(1,), decoder_ch_mult=(1,), num_res_blocks=1, z_channels=64, codebook_size=512, fold=2
+    ),
     "VQ-4-small": VQConfig(
-        ch=32,
-        encoder_ch_mult=(1, 1),
-        decoder_ch_mult=(1, 1),
-        num_res_blocks=1,
-        z_channels=64,
-        codebook_size=512,
+        ch=32, encoder_ch_mult=(1, 1), decoder_ch_mult=(1, 1), num_res_blocks=1, z_channels=64, codebook_size=512, fold=2
+    ),
+    "VQ-4-medium": VQConfig(
+        ch=64, encoder_ch_mult=(1, 2), decoder_ch_mult=(1, 2), num_res_blocks=1, z_channels=128, codebook_size=2048, fold=2
+    ),
+    "VQ-8-medium": VQConfig(
+        ch=64, encoder_ch_mult=(1, 2, 2), decoder_ch_mult=(1, 2, 2), num_res_blocks=2, z_channels=128, codebook_size=4096,
         fold=2,
     ),
 }
+# fmt: on
 
 
 def preset(name: str, **changes) -> VQConfig:
@@ -209,7 +217,8 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 3 * config.fold**2, 3, padding=1)
         self.fold = config.fold
 
-    def forward(self, z_BCHW: Tensor) -> Tensor:
+    def features(self, z_BCHW: Tensor) -> Tensor:
+        """What the last layer reads: (B, ch, H, W) at the resolution of the folded image."""
         h = self.conv_in(z_BCHW)
         for block in self.mid:
             h = block(h)
@@ -217,8 +226,23 @@ class Decoder(nn.Module):
             h = level(h)
             if hasattr(level, "upsample"):
                 h = level.upsample(h)
-        h = self.conv_out(F.silu(self.norm_out(h)))
+        return F.silu(self.norm_out(h))
+
+    def last_layer(self, features_BCHW: Tensor) -> Tensor:
+        """Features -> images."""
+        h = self.conv_out(features_BCHW)
         return F.pixel_shuffle(h, self.fold) if self.fold > 1 else h
+
+    def last_layer_gradient(self, features_BCHW: Tensor, gradient_BCHW: Tensor) -> Tensor:
+        """The gradient at the last layer's weight that a gradient at the images makes, in float32."""
+        if self.fold > 1:
+            gradient_BCHW = F.pixel_unshuffle(gradient_BCHW, self.fold)
+        with torch.no_grad(), torch.autocast(gradient_BCHW.device.type, enabled=False):
+            shape, padding = self.conv_out.weight.shape, self.conv_out.padding
+            return conv2d_weight(features_BCHW.float(), shape, gradient_BCHW.float(), padding=padding)
+
+    def forward(self, z_BCHW: Tensor) -> Tensor:
+        return self.last_layer(self.features(z_BCHW))
 
 
 class QuantiserLoss(NamedTuple):
@@ -308,25 +332,29 @@ class VectorQuantizer(nn.Module):
         codes = codes.flatten()[-USAGE_LENGTH:].to(self.codebook_used)
         self.codebook_used.copy_(torch.cat((self.codebook_used[len(codes) :], codes)))
 
-    @torch.no_grad()
-    def unused(self) -> Tensor:
-        """Entries (int64) that are not in the buffer."""
-        seen = torch.zeros(self.embedding.num_embeddings, dtype=torch.bool, device=self.codebook_used.device)
-        seen[self.codebook_used.long()] = True
-        return (~seen).nonzero()[:, 0]
+    def counts(self, newest: int = USAGE_LENGTH) -> Tensor:
+        """How often each entry is among the newest codes of the buffer (int64); a fresh buffer holds code 0."""
+        return torch.bincount(self.codebook_used[-newest:].long(), minlength=self.embedding.num_embeddings)
 
     def usage(self) -> float:
-        """Share of the codebook that is in the buffer; a fresh buffer holds code 0."""
-        size = self.embedding.num_embeddings
-        return (size - len(self.unused())) / size
+        """Share of the codebook that is in the buffer."""
+        return code_health(self.counts())["codebook_usage"]
+
+
+def code_health(counts_V: Tensor) -> dict[str, float]:
+    """Of how often each entry is used: the share of those in use, the perplexity (e to the entropy), the dead ones' number."""
+    share_V, dead = counts_V.double() / counts_V.sum().clamp(min=1), int((counts_V == 0).sum())
+    perplexity = torch.special.entr(share_V).sum().exp().item()
+    return {"codebook_usage": (len(counts_V) - dead) / len(counts_V), "perplexity": perplexity, "dead_codes": dead}
 
 
 class Output(NamedTuple):
-    """What training needs of a forward pass; latents before normalisation."""
+    """What training needs of a forward pass; latents before normalisation, features before the decoder's last layer."""
 
     reconstruction_BCHW: Tensor
     codes_BHW: Tensor
     latents_BDHW: Tensor
+    features_BCHW: Tensor
     loss: QuantiserLoss
 
 
@@ -348,7 +376,10 @@ class VQModel(nn.Module):
         return self.config.downsample
 
     def latents(self, images_BCHW: Tensor) -> Tensor:
-        """Images -> (B, D, H / downsample, W / downsample), before normalisation."""
+        """Images -> (B, D, H / downsample, W / downsample), before normalisation. Raises ValueError for other sides."""
+        height, width = images_BCHW.shape[-2:]
+        if height % self.downsample or width % self.downsample:
+            raise ValueError(f"expected sides that are multiples of {self.downsample} px, got {height} x {width}")
         return self.quant_conv(self.encoder(images_BCHW))
 
     def encode(self, images_BCHW: Tensor) -> Tensor:
@@ -376,4 +407,7 @@ class VQModel(nn.Module):
     def forward(self, images_BCHW: Tensor) -> Output:
         latents_BDHW = self.latents(images_BCHW)
         quantised = self.quantize(latents_BDHW)
-        return Output(self.decode(quantised.values_BDHW), quantised.codes_BHW, latents_BDHW, quantised.loss)
+        features_BCHW = self.decoder.features(self.post_quant_conv(quantised.values_BDHW))
+        return Output(
+            self.decoder.last_layer(features_BCHW), quantised.codes_BHW, latents_BDHW, features_BCHW, quantised.loss
+        )

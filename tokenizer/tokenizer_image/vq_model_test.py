@@ -15,6 +15,7 @@ from tokenizer.tokenizer_image.vq_model import (
     VectorQuantizer,
     VQConfig,
     VQModel,
+    code_health,
     preset,
 )
 from utils.pixels import to_float
@@ -214,7 +215,16 @@ def test_usage_buffer_keeps_the_newest_codes():
     assert quantize.usage() == 1
     quantize.record(torch.full((2, USAGE_LENGTH // 2), 7))
     assert quantize.usage() == 0.01
-    assert quantize.unused().tolist() == [i for i in range(100) if i != 7]
+    assert quantize.counts().nonzero().tolist() == [[7]]
+
+
+def test_code_health_by_hand():
+    counts = torch.tensor([2, 0, 1, 1, 0])
+    health = code_health(counts)
+    assert (health["codebook_usage"], health["dead_codes"]) == (0.6, 2)
+    assert health["perplexity"] == pytest.approx(2**1.5)  # entropy of 1/2, 1/4, 1/4 in bits
+    assert code_health(torch.full((7,), 3))["perplexity"] == pytest.approx(7)
+    assert code_health(torch.tensor([9, 0]))["perplexity"] == pytest.approx(1)
 
 
 def test_forward_leaves_the_module_alone():
@@ -227,3 +237,24 @@ def test_forward_leaves_the_module_alone():
 def test_levels_must_agree():
     with pytest.raises(ValueError, match="levels"):
         VQConfig(encoder_ch_mult=(1, 2), decoder_ch_mult=(1, 2, 4))
+
+
+@pytest.mark.parametrize("side", [50, 8])
+def test_sides_that_are_no_whole_number_of_codes_are_refused(side):
+    with torch.device("meta"):
+        model, images = VQModel(PRESETS["VQ-16"]), torch.zeros(1, 3, 32, side)
+        with pytest.raises(ValueError, match=f"multiples of 16 px, got 32 x {side}"):
+            model.encode(images)
+
+
+@pytest.mark.parametrize("method", ["forward", "encode", "decode_code"])
+def test_torch_compile_takes_it_whole(method):
+    """fullgraph=True: a break of the graph is an error. These are what training, extraction and sampling compile."""
+    config = VQConfig(
+        ch=4, encoder_ch_mult=(1, 1), decoder_ch_mult=(1, 1), num_res_blocks=1, z_channels=4, codebook_size=16
+    )
+    call = getattr(VQModel(config), method)
+    given = torch.ones(2, 16, dtype=torch.int64) if method == "decode_code" else torch.rand(2, 3, 8, 8)
+    results = [f(given) for f in (call, torch.compile(call, backend="eager", fullgraph=True, dynamic=False))]
+    torch._dynamo.reset()
+    torch.testing.assert_close(*([*torch.utils._pytree.tree_leaves(result)] for result in results))
