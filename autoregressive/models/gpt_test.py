@@ -191,3 +191,51 @@ def test_recomputing_activations_changes_nothing_but_memory(golden):
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert kept[1] < kept[0] / 2
+
+
+def test_recomputing_takes_the_attention_that_it_is_given():
+    model = small_model().eval()
+    inputs = model.inputs(torch.zeros(1, 4, 1, dtype=torch.int64), torch.tensor([0]))
+    nothing = [lambda q, k, v: torch.zeros_like(q)] * 2
+    assert torch.equal(model.hidden(*inputs, nothing, recompute=True), model.hidden(*inputs, nothing))
+    assert not torch.equal(model.hidden(*inputs, nothing), model.hidden(*inputs))
+
+
+def test_a_branch_that_is_always_dropped_is_zero():
+    model = small_model(drop_path_rate=1.0).train()  # of the last layer; 0 of the first
+    loss = model.loss(torch.zeros(2, 16, 4, dtype=torch.int64), torch.tensor([0, 1]))
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "patch", "recompute", "backend"),
+    [
+        (torch.bfloat16, 1, True, "aot_eager"),
+        (torch.bfloat16, 2, False, "aot_eager"),
+        (torch.bfloat16, 4, True, "aot_eager"),
+        (torch.float32, 2, False, "aot_eager"),
+        pytest.param(torch.bfloat16, 1, True, "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_training_step_has_the_gradients_of_an_eager_one(dtype, patch, recompute, backend):
+    """At every patch side. 8,192 rows of the head, in eight blocks, since what inductor fuses depends on it.
+
+    aot_eager fuses nothing: a first, a second and a shorter last block are all that there is.
+    """
+    images = (8192 if backend == "inductor" else 2560) // 16
+    config = GPTConfig(
+        dim=32, n_layer=1, n_head=2, multiple_of=32, vocab_size=48, block_size=16 * patch**2, num_classes=3
+    )
+    gradients = []
+    for compiled in (False, True):
+        model = fill_by_formula(Transformer(config)).train()
+        loss_of = torch.compile(model.loss, fullgraph=True, dynamic=False, backend=backend) if compiled else model.loss
+        codes = torch.arange(images * config.block_size).view(images, -1) * 7 % 48
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = loss_of(to_patches(codes, patch), torch.arange(images) % 4, recompute)
+        loss.backward()
+        gradients.append([loss.detach(), *(p.grad for p in model.parameters())])
+    torch._dynamo.reset()
+    for eager, other in zip(*gradients, strict=True):
+        assert torch.linalg.vector_norm(eager - other) <= 1e-2 * torch.linalg.vector_norm(eager)

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from autoregressive.models.gpt import PRESETS, GPTConfig, Transformer, preset, rope_grid
-from autoregressive.models.load import GPT, load_gpt, presets_of
+from autoregressive.models.load import GPT
 from autoregressive.models.patches import patch_loss, to_patches
 from pretrained_models.catalogue import CATALOGUE
-from utils import checkpoint, weights
+from utils import checkpoint
 from utils.cli import InputError
 from utils.testing import close, fill_by_formula, formula
 
@@ -49,12 +49,13 @@ def wrapped(state: dict[str, torch.Tensor], kind: str) -> dict:
 
 @pytest.mark.parametrize("kind", ["ddp", "deepspeed", "fsdp"])
 @pytest.mark.parametrize("name", [name for name, row in CATALOGUE.items() if row.model.startswith("GPT")])
-def test_every_published_file(tmp_path, capsys, name, kind):
+def test_every_published_file(tmp_path, capsys, monkeypatch, name, kind):
     """Its names and shapes load strictly without a word about which model it is; the sizes are the published ones."""
+    monkeypatch.setattr(checkpoint, "first_not_finite", lambda state: None)  # billions of one stored number
     row = CATALOGUE[name]
     torch.save(wrapped(hollow(row.model), kind), tmp_path / row.file)
-    model, about = load_gpt(tmp_path / row.file, block_size=(row.image_size // 16) ** 2)
-    assert about["gpt_model"] == row.model and about["weights"] == "model"
+    model = GPT.from_pretrained(tmp_path / row.file, defaults={"block_size": (row.image_size // 16) ** 2})
+    assert model.about == {"gpt_model": row.model, "weights": "model", **({} if kind == "fsdp" else {"steps": 1500000})}
     assert (model.config.vocab_size, model.config.num_classes) == (16384, 1000)
     assert model.config.block_size == (row.image_size // 16) ** 2
     assert not any(value.is_meta for value in [*model.state_dict().values(), *model.buffers()])
@@ -90,12 +91,12 @@ def golden_difference(model: Transformer) -> None:
 
 
 def test_a_published_file_gives_the_published_numbers(published):
-    golden_difference(load_gpt(published)[0])
+    golden_difference(GPT.from_pretrained(published))
 
 
 def test_it_still_does_after_an_export_to_the_hub(published, tmp_path):
     """Through a folder for the Hub, by the mixin."""
-    model, _ = load_gpt(published)
+    model = GPT.from_pretrained(published)
     model.save_pretrained(tmp_path / "hub")
     again = GPT.from_pretrained(tmp_path / "hub")
     assert again.about["gpt_model"] == "GPT-B" and "args" not in again.about
@@ -135,7 +136,7 @@ class TestMemory:
     def test_no_second_copy(self, tmp_path):
         """The model has the mapped file's tensors, and its rotary table is real."""
         checkpoint.save(tmp_path / "gpt.pt", {"model": small().state_dict(), "config": asdict(CONFIG)})
-        model, _ = load_gpt(tmp_path / "gpt.pt")
+        model = GPT.from_pretrained(tmp_path / "gpt.pt")
         assert str(tmp_path / "gpt.pt") in Path("/proc/self/maps").read_text()
         codes, labels = torch.arange(4).view(1, 4, 1), torch.tensor([1])
         with torch.no_grad():
@@ -144,8 +145,8 @@ class TestMemory:
     def test_dtype(self, tmp_path):
         half = {name: value.bfloat16() for name, value in small().state_dict().items()}
         checkpoint.save(tmp_path / "gpt.pt", {"model": half, "config": asdict(CONFIG)})
-        assert load_gpt(tmp_path / "gpt.pt")[0].output.weight.dtype == torch.bfloat16
-        assert load_gpt(tmp_path / "gpt.pt", dtype=torch.float32)[0].output.weight.dtype == torch.float32
+        assert GPT.from_pretrained(tmp_path / "gpt.pt").output.weight.dtype == torch.bfloat16
+        assert GPT.from_pretrained(tmp_path / "gpt.pt", dtype=torch.float32).output.weight.dtype == torch.float32
 
     @pytest.mark.parametrize("name", PRESETS)
     def test_the_rotary_table_of_an_empty_model_is_real(self, name):
@@ -161,7 +162,7 @@ class TestHub:
 
     def test_what_is_pushed_is_loaded_again(self, tmp_path, monkeypatch):
         checkpoint.save(tmp_path / "gpt.pt", {**self.content(), "model": small().state_dict(), "args": {"lr": 1}})
-        model, _ = load_gpt(tmp_path / "gpt.pt")
+        model = GPT.from_pretrained(tmp_path / "gpt.pt")
         pushed = {}
 
         def upload(self, *, repo_id, folder_path, **_):
@@ -176,65 +177,83 @@ class TestHub:
         monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
         model.push_to_hub("user/repo")
         assert sorted(pushed["user/repo"]) == ["README.md", "config.json", "model.safetensors"]
-        again, about = load_gpt(tmp_path / "pushed")
-        assert {key: about[key] for key in self.content()} == self.content()
+        again = GPT.from_pretrained(tmp_path / "pushed")
+        assert again.about == {**self.content(), "weights": "model"}
         assert all(value.equal(small().state_dict()[name]) for name, value in again.state_dict().items())
 
     def test_from_pretrained_takes_a_dtype(self, tmp_path):
-        weights.write_folder(tmp_path / "hub", small().state_dict(), self.content(), "")
+        checkpoint.save_folder(tmp_path / "hub", small().state_dict(), self.content())
         model = GPT.from_pretrained(tmp_path / "hub", dtype=torch.bfloat16)
         assert model.output.weight.dtype == torch.bfloat16 and model.config == CONFIG and not model.training
 
 
 class TestRefusals:
+    @pytest.mark.parametrize(
+        "change",
+        [{"n_layer": 10**9}, {"n_layer": 5}, {"dim": "128"}, {"block_size": 10**12}, {"vocab_size": 9}, {"n_head": 3}],
+    )
+    def test_a_config_unlike_its_tensors(self, tmp_path, change):
+        """Refused before anything of that size is built."""
+        content = {"model": small().state_dict(), "config": {**asdict(CONFIG), **change}}
+        checkpoint.save(tmp_path / "gpt.pt", content)
+        with pytest.raises(InputError, match=r"gpt\.pt: .*config"):
+            GPT.from_pretrained(tmp_path / "gpt.pt")
+
+    def test_names_that_are_paths_and_values_that_are_not_finite(self, tmp_path):
+        content = {"model": small().state_dict(), "config": asdict(CONFIG)}
+        checkpoint.save(tmp_path / "gpt.pt", {**content, "gpt_model": "../../x"})
+        with pytest.raises(InputError, match="gpt_model: expected a short name"):
+            GPT.from_pretrained(tmp_path / "gpt.pt")
+        checkpoint.save(tmp_path / "gpt.pt", content)
+        with pytest.raises(InputError, match="there is no GPT GPT-Q"):
+            GPT.from_pretrained(tmp_path / "gpt.pt", "GPT-Q")
+        content["model"]["norm.weight"][3] = float("nan")
+        checkpoint.save(tmp_path / "gpt.pt", content)
+        with pytest.raises(InputError, match=r"norm\.weight has values that are not finite"):
+            GPT.from_pretrained(tmp_path / "gpt.pt")
+
     @pytest.mark.parametrize("gpt_model", [None, "GPT-XXS"])
     def test_a_file_of_another_kind_of_model(self, tmp_path, gpt_model):
         """A tokenizer's, say: it has a config too."""
         checkpoint.save(tmp_path / "vq.pt", {"model": {}, "config": {"ch": 32, "codebook_size": 8}})
         with pytest.raises(InputError, match=r"vq\.pt is no GPT of this code: its config does not fit"):
-            load_gpt(tmp_path / "vq.pt", gpt_model)
+            GPT.from_pretrained(tmp_path / "vq.pt", gpt_model)
 
     def test_a_file_that_nothing_tells(self, tmp_path):
         checkpoint.save(tmp_path / "x.pt", {"model": {"weight": torch.zeros(2)}})
-        with pytest.raises(InputError, match="does not say which model it is; its tensors are those of no GPT preset"):
-            load_gpt(tmp_path / "x.pt")
+        with pytest.raises(InputError, match="does not say which model it is, and no GPT preset has these tensors"):
+            GPT.from_pretrained(tmp_path / "x.pt")
 
     def test_another_preset_is_asked_for(self, tmp_path):
         checkpoint.save(tmp_path / "gpt.pt", {"model": small().state_dict()})
         with pytest.raises(
-            InputError, match=r"loaded as GPT-XS\) does not fit .*; they are those of GPT-XXS for 8 codes"
+            InputError,
+            match=r"loaded as GPT-XS\) does not fit .*; they are those of GPT-XXS .vocab_size 8, num_classes 2",
         ):
-            load_gpt(tmp_path / "gpt.pt", "GPT-XS")
-
-    def test_another_vocabulary_is_asked_for(self, tmp_path):
-        checkpoint.save(tmp_path / "gpt.pt", {"model": small().state_dict()})
-        with pytest.raises(
-            InputError, match=r"is \(8, 128\), the model has \(16, 128\); .*GPT-XXS for 8 codes and 2 classes"
-        ):
-            load_gpt(tmp_path / "gpt.pt", "GPT-XXS", vocab_size=16)
+            GPT.from_pretrained(tmp_path / "gpt.pt", "GPT-XS")
 
     def test_a_missing_tensor(self, tmp_path):
         state = small().state_dict()
         state.pop("norm.weight")
         checkpoint.save(tmp_path / "gpt.pt", {"model": state, "config": asdict(CONFIG)})
         with pytest.raises(InputError, match=r"norm\.weight is missing; no GPT preset has these tensors"):
-            load_gpt(tmp_path / "gpt.pt")
+            GPT.from_pretrained(tmp_path / "gpt.pt")
 
 
 def test_what_a_file_does_not_say_is_read_off_its_tensors(tmp_path):
     checkpoint.save(tmp_path / "gpt.pt", {"model": small().state_dict()})
-    loaded, about = load_gpt(tmp_path / "gpt.pt", block_size=4)
-    assert loaded.config == CONFIG and about["gpt_model"] == "GPT-XXS"
-    assert load_gpt(tmp_path / "gpt.pt")[0].config.block_size == 256
+    loaded = GPT.from_pretrained(tmp_path / "gpt.pt", defaults={"block_size": 4})
+    assert loaded.config == CONFIG and loaded.about["gpt_model"] == "GPT-XXS"
+    assert GPT.from_pretrained(tmp_path / "gpt.pt").config.block_size == 256
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_told_apart_by_their_tensors(name):
     config = GPTConfig(**{**asdict(PRESETS[name]), "vocab_size": 11, "num_classes": 3})
-    assert presets_of(GPT.empty(config).state_dict()) == [name]
+    assert GPT.preset_of(GPT.empty(config).state_dict()) == name
 
 
 def test_dropouts_of_training_are_off(tmp_path):
     config = asdict(preset("GPT-XXS", vocab_size=8, num_classes=2, block_size=4, resid_dropout_p=0.5))
     checkpoint.save(tmp_path / "gpt.pt", {"model": Transformer(CONFIG).state_dict(), "config": config})
-    assert not load_gpt(tmp_path / "gpt.pt")[0].training
+    assert not GPT.from_pretrained(tmp_path / "gpt.pt").training

@@ -93,8 +93,24 @@ def test_head_loss_under_autocast_is_that_of_bfloat16_logits():
     assert 0 < abs(mixed - exact) < 2e-2
 
 
-def test_refusals():
-    with pytest.raises(ValueError, match="does not divide the grid of 8x8"):
-        to_patches(torch.zeros(1, 64, dtype=torch.int64), 3)
-    with pytest.raises(ValueError, match="square number of codes, got 63"):
-        to_patches(torch.zeros(1, 63, dtype=torch.int64), 1)
+@pytest.mark.parametrize(
+    ("codes", "patch", "message"),
+    [
+        (torch.zeros(1, 64, dtype=torch.int64), 3, "patch side 3 does not divide the grid of 8x8"),
+        (torch.zeros(1, 64, dtype=torch.int64), 0, "patch side 0 does not divide"),
+        (torch.zeros(1, 64, dtype=torch.int64), -2, "patch side -2 does not divide"),
+        (torch.zeros(1, 63, dtype=torch.int64), 1, "square number of codes, got 63"),
+        (torch.zeros(1, 64, dtype=torch.uint16), 1, "expected int64 codes, got torch.uint16"),
+        (torch.zeros(1, 64), 1, "expected int64 codes, got torch.float32"),
+    ],
+)
+def test_refusals(codes, patch, message):
+    with pytest.raises(ValueError, match=message):
+        to_patches(codes, patch)
+
+
+def test_a_second_backward_pass_gives_the_same_gradients():
+    h, weight = torch.randn(2, 16, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    loss = head_loss(h, weight, torch.randint(50, (2, 16, 4)))
+    first, second = (torch.autograd.grad(3 * loss, (h, weight), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -3,41 +3,43 @@
 python autoregressive/sample/sample_c2i.py --vq-ckpt vq_ds16_c2i --gpt-ckpt c2i_B_256 --class-ids 207 360 387 974
 """
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the modules of this clone, whatever else is installed
+
 
 import numpy as np
 
-from autoregressive.sample.pipeline import Pipeline, add_flags, use_published
+from autoregressive.sample.flags import SamplerSettings, class_names, drawing_progress
 from utils import cli
 from utils.distributed import best_device
-from utils.draw import image_grid, save_image
+from utils.draw import SUFFIXES, image_grid, save_image
+from utils.files import check_output, file_lock
+from utils.settings import AtLeastOne, Count, PositiveInt, Seed, setting
+
+
+class GridSettings(SamplerSettings):
+    cfg_scale: AtLeastOne = setting(4.0, "classifier-free guidance; 1 is off")
+    class_ids: list[Count] | None = setting(None, "default: the first ten classes")
+    per_class: PositiveInt = setting(8, "images a row")
+    seed: Seed = setting(0)
+    batch_size: PositiveInt = setting(16, free=True)
+    scale: PositiveInt = setting(1, "enlarge each image this many times")
+    out: Path = setting(Path("samples/grid.png"))
 
 
 def main() -> None:
-    parser = cli.Parser(__doc__.splitlines()[0])
-    add_flags(parser)
-    add = parser.add_argument
-    add("--cfg-scale", type=cli.at_least_one, default=4.0, help="classifier-free guidance; 1 is off")
-    add("--class-ids", type=cli.count, nargs="+", help="default: the first ten classes")
-    add("--per-class", type=cli.positive_int, default=8, help="images a row")
-    add("--seed", type=cli.count, default=0)
-    add("--batch-size", type=cli.positive_int, default=16)
-    add("--scale", type=cli.positive_int, default=1, help="enlarge each image this many times")
-    add("--out", type=Path, default=Path("samples/grid.png"))
-    args = parser.parse_args()
-    use_published(args, "image_size")
-
-    pipeline = Pipeline.load(args)
-    ids = args.class_ids or list(range(min(10, pipeline.gpt.config.num_classes)))
-    pipeline.check_classes(ids, "--class-ids")
-    labels, indices = np.repeat(ids, args.per_class), np.arange(len(ids) * args.per_class)
-    pipeline.to(best_device(), min(args.batch_size, len(labels)))
-    parts = [slice(start, start + args.batch_size) for start in range(0, len(labels), args.batch_size)]
-    with pipeline.progress(len(labels)) as count:
-        images = [pipeline.images(labels[part], indices[part], args.seed, args.cfg_scale, count) for part in parts]
-    names = [pipeline.names["classes"][i] for i in ids]
-    save_image(args.out, image_grid(np.concatenate(images), args.per_class, names, args.scale))
-    print(f"wrote {args.out}")
+    settings = GridSettings.from_command_line(__doc__).as_published("image_size")
+    check_output(settings.out, SUFFIXES)
+    sampler = settings.sampler(best_device(), settings.batch_size)
+    ids = settings.class_ids or list(range(min(10, sampler.gpt.config.num_classes)))
+    sampler.check_labels(ids, "--class-ids")
+    labels, names = np.repeat(ids, settings.per_class), class_names(sampler)
+    with file_lock(settings.out), drawing_progress(len(labels), sampler.codes) as count:
+        images = sampler(labels, cfg_scale=settings.cfg_scale, seed=settings.seed, on_codes=count, **settings.drawing)
+        save_image(settings.out, image_grid(images, settings.per_class, [names[i] for i in ids], settings.scale))
+    print(f"wrote {settings.out}")
 
 
 if __name__ == "__main__":

@@ -4,151 +4,213 @@
         --image-size 256 --image-size-eval 256 --cfg-scale 2.0
 
 Several --cfg-scale values give a file each. Image i of a seed is the same whatever the batch size and the number of
-processes. Batches are kept beside the .npz until it is written, so the same command continues a run that was cut off, with
+processes. Batches are kept beside the .npz until it is written, so the same command resumes a run that was cut off, with
 any batch size and number of processes.
 """
 
-import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the modules of this clone, whatever else is installed
+
 import shutil
-from argparse import Namespace
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from pydantic import model_validator
+from typing_extensions import Self
 
-from autoregressive.sample.pipeline import POWER, Pipeline, add_flags, checkpoint_name, use_published
+from autoregressive.models.guidance import POWER, guidance_scales
+from autoregressive.models.sampler import ImageSampler
+from autoregressive.sample.flags import SamplerSettings, drawing_progress
 from utils import cli, samples, streams
-from utils.distributed import World, best_device, precision_dtype, world
+from utils.distributed import World, join_world, precision_dtype
 from utils.draw import save_image
-from utils.files import atomic_path, sha256, write_json
+from utils.files import check_folder, check_space, file_lock, sha256
 from utils.log import progress
+from utils.records import Record
+from utils.settings import AtLeastOne, PositiveInt, Seed, differences, setting
 
 PNG_BATCH = 64
+WORDS = ("random", "balanced")
 
 
-def labels_flag(text: str) -> str | int:
-    """argparse type: random, balanced, or a class."""
-    return text if text in ("random", "balanced") else cli.count(text)
-
-
-def parse() -> Namespace:
-    parser = cli.Parser(__doc__.splitlines()[0])
-    add_flags(parser)
-    add = parser.add_argument
-    add(
-        "--cfg-scale", type=cli.at_least_one, nargs="+",
-        help="classifier-free guidance, 1 is off; several give a file each; default: as published for the weights, or 1.5",
-    )  # fmt: skip
-    add("--num-fid-samples", type=cli.positive_int, default=50000)
-    add(
-        "--labels", type=labels_flag, nargs="+", default=["random"],
-        help="random: as published; balanced: class i mod n; or classes, taken in turn",
-    )  # fmt: skip
-    add("--per-proc-batch-size", type=cli.positive_int, default=32)
-    add("--global-seed", type=cli.count, default=0)
-    add("--sample-dir", type=Path, default=Path("samples"))
-    add("--save-png", action="store_true", help="also write each image as a PNG, in a folder named like the .npz")
-    args = parser.parse_args()
-    use_published(args, "image_size", "image_size_eval", "cfg_scale")
-    args.cfg_scale = args.cfg_scale if isinstance(args.cfg_scale, list) else [args.cfg_scale or 1.5]
-    if len(args.labels) > 1 and not all(isinstance(label, int) for label in args.labels):
-        raise cli.InputError(f"--labels {' '.join(map(str, args.labels))}: expected random, balanced, or only classes")
-    return args
-
-
-def file_name(args: Namespace, pipeline: Pipeline, cfg_scale: float) -> str:
-    """The published name of a samples file; settings that the published sampler lacks are named where they are in use."""
-    gpt, vq = pipeline.names["gpt_model"], pipeline.names["vq_model"]
-    raw = "-raw" if args.weights == "model" else ""
-    schedule = "" if args.cfg_schedule == "constant" else f"-{args.cfg_schedule}"
-    schedule += f"-{args.cfg_power or POWER}" if args.cfg_schedule == "power-cosine" else ""
-    interval = "" if args.cfg_interval == [-1] else "-interval-" + "-".join(map(str, args.cfg_interval))
-    return (
-        f"{gpt}-{checkpoint_name(args.gpt_ckpt)}{raw}-size-{pipeline.image_size}-size-{pipeline.output_size}-{vq}-"
-        f"topk-{args.top_k}-topp-{args.top_p}-temperature-{args.temperature}-"
-        f"cfg-{cfg_scale}{schedule}{interval}-seed-{args.global_seed}.npz"
+class SampleSettings(SamplerSettings):
+    cfg_scale: list[AtLeastOne] | None = setting(
+        None,
+        "classifier-free guidance, 1 is off; several give a file each; default: as published for the weights, or 1.5",
     )
+    num_fid_samples: PositiveInt = setting(50000, "images to draw")
+    labels: list[str] = setting(
+        ["random"], "random: as published; balanced: class i mod n; or classes, taken in turn", metavar="LABEL"
+    )
+    per_proc_batch_size: PositiveInt = setting(32, "images that a process draws at once", free=True)
+    global_seed: Seed = setting(0)
+    sample_dir: Path = setting(Path("samples"))
+    save_png: bool = setting(False, "also write each image as a PNG, in a folder named like the .npz", free=True)
+
+    @model_validator(mode="after")
+    def _labels_are_of_one_kind(self) -> Self:
+        if not ((self.labels[0] in WORDS and len(self.labels) == 1) or all(text.isdecimal() for text in self.labels)):
+            raise ValueError(f"--labels {' '.join(self.labels)}: expected random, balanced, or only classes")
+        return self
+
+    def class_of_each(self, sampler: ImageSampler) -> np.ndarray:
+        """Labels (N,) int64, each a function of (seed, image). Raises InputError for a class that the GPT does not know."""
+        indices, classes = np.arange(self.num_fid_samples), sampler.gpt.config.num_classes
+        if self.labels == ["random"]:
+            return (streams.uniform(self.global_seed, streams.LABEL, indices) * classes).astype(np.int64)
+        chosen = list(range(classes)) if self.labels == ["balanced"] else [int(text) for text in self.labels]
+        sampler.check_labels(chosen, "--labels")
+        return np.asarray(chosen, np.int64)[indices % len(chosen)]
+
+    def file_name(self, sampler: ImageSampler, cfg_scale: float) -> str:
+        """The published name of a samples file; settings that the published sampler lacks are named where they are in use."""
+        gpt = _one_word(self.gpt_model or sampler.gpt.about.get("gpt_model") or "GPT")
+        vq = _one_word(sampler.tokenizer.about["vq_model"])
+        raw = "-raw" if self.weights == "model" else ""
+        schedule = "" if self.cfg_schedule == "constant" else f"-{self.cfg_schedule}"
+        schedule += f"-{self.cfg_power or POWER}" if self.cfg_schedule == "power-cosine" else ""
+        interval = "" if self.cfg_interval == [-1] else "-interval-" + "-".join(map(str, self.cfg_interval))
+        path = self.gpt_ckpt
+        return (
+            f"{gpt}-{path.stem if path.suffix in ('.pt', '.pth', '.safetensors') else path.name}{raw}-"
+            f"size-{sampler.image_size}-size-{self.image_size_eval or sampler.image_size}-{vq}-"
+            f"topk-{self.top_k}-topp-{self.top_p}-temperature-{self.temperature}-"
+            f"cfg-{cfg_scale}{schedule}{interval}-seed-{self.global_seed}.npz"
+        )
 
 
-def settings(args: Namespace, pipeline: Pipeline) -> dict:
-    """What the images depend on beside the guidance scale, as plain data."""
-    keys = ("cfg_schedule", "cfg_power", "cfg_interval", "temperature", "top_k", "top_p", "labels", "num_fid_samples")
-    return {key: getattr(args, key) for key in keys} | {
-        "precision": str(precision_dtype(args.precision, best_device())).removeprefix("torch."),
-        "seed": args.global_seed,
-        "image_size": pipeline.image_size,
-        "image_size_eval": pipeline.output_size,
-        "weights": pipeline.names["weights"],
-        "gpt_sha256": sha256(args.gpt_ckpt),
-        "vq_sha256": sha256(args.vq_ckpt),
+def _one_word(name: object) -> str:
+    """A name that a file gives itself, as part of a file's name: it cannot lead into another folder."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in str(name))[:64]
+
+
+class SampleRecord(Record):
+    """What the images of a samples file depend on; written beside it as .json."""
+
+    cfg_scale: float
+    cfg_schedule: str
+    cfg_power: float | None
+    cfg_interval: list[int]
+    temperature: float
+    top_k: int
+    top_p: float
+    labels: list[int | str]
+    num_fid_samples: int
+    precision: str
+    seed: int
+    image_size: int
+    image_size_eval: int
+    weights: str
+    gpt_sha256: str
+    vq_sha256: str
+
+
+def make_record(settings: SampleSettings, sampler: ImageSampler, world: World) -> dict[str, Any]:
+    """The record's fields, less the guidance scale. Weights are hashed once, on the first process."""
+    shared = settings.model_dump(include=SampleRecord.model_fields.keys() - {"cfg_scale", "image_size_eval"})
+    gpt_sha256, vq_sha256 = world.from_main(lambda: (sha256(settings.gpt_ckpt), sha256(settings.vq_ckpt)))
+    return shared | {
+        "labels": [int(text) if text.isdecimal() else text for text in settings.labels],
+        "precision": str(precision_dtype(settings.precision, sampler.device)).removeprefix("torch."),
+        "seed": settings.global_seed,
+        "image_size": sampler.image_size,
+        "image_size_eval": settings.image_size_eval or sampler.image_size,
+        "weights": sampler.gpt.about["weights"],
+        "gpt_sha256": gpt_sha256,
+        "vq_sha256": vq_sha256,
     }
 
 
-def all_labels(args: Namespace, pipeline: Pipeline) -> np.ndarray:
-    """Labels (N,) int64, each a function of (seed, image). Raises InputError for a class that the GPT does not know."""
-    indices, classes = np.arange(args.num_fid_samples), pipeline.gpt.config.num_classes
-    if args.labels == ["random"]:
-        return (streams.uniform(args.global_seed, streams.LABEL, indices) * classes).astype(np.int64)
-    chosen = range(classes) if args.labels == ["balanced"] else args.labels
-    pipeline.check_classes(chosen, "--labels")
-    return np.asarray(chosen, np.int64)[indices % len(chosen)]
+def holds(path: Path, labels: np.ndarray, size: int) -> bool:
+    """Whether a samples file has images of these labels and this size, undamaged (sizes and CRC). Reads all of it."""
+    try:
+        file = samples.Samples(path)
+        if file.shape != (len(labels), size, size, 3) or not np.array_equal(file.labels, labels):
+            return False
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (cli.InputError, OSError, zipfile.BadZipFile):
+        return False
 
 
 class Parts:
-    """Images drawn so far, in files beside the .npz-to-be, each named after the images in it: first and stop."""
+    """Images drawn so far, in samples files beside the .npz-to-be, each named after the images in it: first and stop."""
 
-    def __init__(self, out: Path, settings: dict) -> None:
-        self.folder, self.settings = out.with_suffix(".parts"), settings
-        refuse_other_settings(self.folder / "settings.json", settings)
+    def __init__(self, out: Path, labels: np.ndarray, size: int) -> None:
+        self.folder, self.labels, self.size = out.with_suffix(".parts"), labels, size
 
-    def start(self) -> None:
-        try:
-            write_json(self.folder / "settings.json", self.settings)
-        except OSError as error:
-            raise cli.InputError(
-                f"cannot write to {self.folder} ({error.strerror}): give another --sample-dir"
-            ) from None
-
-    def there(self) -> list[tuple[int, int, Path]]:
+    def present(self) -> list[tuple[int, int, Path]]:
         """(first, stop, path) of each file, in order."""
-        found = sorted((*map(int, path.stem.split("-")), path) for path in self.folder.glob("[0-9]*-[0-9]*.npy"))
         chain, at = [], 0
-        for first, stop, path in found:
-            if first >= at:  # files overlap if two runs drew at the same time
-                chain.append((first, stop, path))
-                at = stop
+        for path in sorted(self.folder.glob("[0-9]*-[0-9]*.npz")):
+            ends = path.stem.split("-")
+            if len(ends) == 2 and all(text.isdecimal() for text in ends):
+                first, stop = map(int, ends)
+                if at <= first < stop <= len(self.labels):
+                    chain.append((first, stop, path))
+                    at = stop
         return chain
 
-    def missing(self, images: int, batch: int) -> list[range]:
-        """The images that are not there, in ranges of at most `batch`."""
+    def remove_damaged(self) -> None:
+        for first, stop, path in self.present():
+            if not holds(path, self.labels[first:stop], self.size):
+                cli.note(f"{path} is damaged or of other images: drawing them again")
+                path.unlink()
+
+    def missing(self, batch: int) -> list[range]:
+        """The images that are not present, in ranges of at most `batch`."""
         gaps, at = [], 0
-        for first, stop, _ in [*self.there(), (images, images, None)]:
+        for first, stop, _ in [*self.present(), (len(self.labels), len(self.labels), None)]:
             gaps += [range(start, min(first, start + batch)) for start in range(at, first, batch)]
             at = stop
         return gaps
 
     def write(self, part: range, images: np.ndarray) -> None:
-        with atomic_path(self.folder / f"{part.start:08d}-{part.stop:08d}.npy") as temporary:
-            np.save(temporary, images)
+        path = self.folder / f"{part.start:08d}-{part.stop:08d}.npz"
+        samples.write(path, [images], images.shape, self.labels[part.start : part.stop])
 
     def read(self) -> Iterator[np.ndarray]:
-        for _, _, path in self.there():
-            yield np.load(path)
+        for first, stop, path in self.present():
+            yield from samples.Samples(path).batches(stop - first)
 
 
-def refuse_other_settings(path: Path, wanted: dict) -> None:
-    """InputError if `path` records other settings than these."""
-    if path.is_file() and (found := json.loads(path.read_text())) != wanted:
-        different = ", ".join(key for key in wanted if found.get(key) != wanted[key])
-        raise cli.InputError(
-            f"{path} belongs to samples of other settings ({different} differ): delete them or give another --sample-dir"
-        )
+def check_room(outs: list[Path], bytes_each: int) -> None:
+    """Raise InputError if samples files of so many bytes, and the parts of one of them, do not fit on the disk."""
+    parts = [path for out in outs for path in out.with_suffix(".parts").glob("*.npz")]
+    present = sum(path.stat().st_size for path in [*outs, *parts] if path.is_file())
+    check_space(outs[0].parent, bytes_each * (len(outs) + 1), present)
+
+
+def is_complete(out: Path, record: SampleRecord, labels: np.ndarray) -> bool:
+    """Whether a samples file is finished. Raises InputError for one of other settings, or of settings that are not known."""
+    size = record.image_size_eval
+    old = SampleRecord.read_if_present(out.with_suffix(".json"))
+    if old is None and out.is_file():
+        raise cli.InputError(f"{out} exists without its .json, so how it was drawn is unknown: move or delete it")
+    started = SampleRecord.read_if_present(out.with_suffix(".parts") / "settings.json")
+    for path, other in ((out.with_suffix(".json"), old), (out.with_suffix(".parts") / "settings.json", started)):
+        if other and (changes := differences(other.plain(), record.plain())):
+            raise cli.InputError(
+                f"{path} belongs to samples of other settings ({'; '.join(changes)}): "
+                "delete them or give another --sample-dir"
+            )
+    if not out.is_file():
+        return False
+    if holds(out, labels, size):
+        return True
+    cli.note(f"{out} is damaged: making it again")
+    return False
 
 
 def save_pngs(path: Path) -> None:
-    """Write the images of a samples file as FOLDER/000000.png, those that are not there yet."""
+    """Write the images of a samples file as FOLDER/000000.png, those that do not exist yet."""
     file, folder = samples.Samples(path), path.with_suffix("")
     start = 0
     with ThreadPoolExecutor() as pool, progress(total=len(file), desc="PNG", unit=" images") as bar:
@@ -160,47 +222,68 @@ def save_pngs(path: Path) -> None:
             bar.update(len(images))
 
 
-def draw(pipeline: Pipeline, parts: Parts, labels: np.ndarray, args: Namespace, cfg_scale: float, here: World) -> None:
-    """Draw this process's share of the images that are not there yet."""
-    missing = parts.missing(len(labels), args.per_proc_batch_size)
-    here.barrier()  # every process has seen the same gaps before one is filled
-    mine, total = missing[here.rank :: here.size], sum(map(len, missing))
-    with pipeline.progress(total, here.size, desc=f"guidance {cfg_scale}", show=here.is_main) as count:
-        for part in mine:
-            parts.write(part, pipeline.images(labels[part], np.array(part), args.global_seed, cfg_scale, count))
-    here.barrier()
+def draw(
+    sampler: ImageSampler, settings: SampleSettings, out: Path, record: SampleRecord, labels: np.ndarray, world: World
+) -> None:
+    """Draw the images of a file that are not in parts yet, each process its share, and write the file."""
+    parts = Parts(out, labels, record.image_size_eval)
+
+    def plan() -> list[range]:
+        record.write(parts.folder / "settings.json")
+        parts.remove_damaged()
+        return parts.missing(settings.per_proc_batch_size)
+
+    missing = world.from_main(plan)
+    title = f"guidance {record.cfg_scale}"
+    with drawing_progress(
+        sum(map(len, missing)), sampler.codes, world.size, desc=title, show=world.is_main
+    ) as count:  # fmt: skip
+        for part in missing[world.rank :: world.size]:
+            images = sampler(
+                labels[part], cfg_scale=record.cfg_scale, seed=settings.global_seed, indices=np.array(part),
+                on_codes=count, **settings.drawing,
+            )  # fmt: skip
+            parts.write(part, images)
+    world.barrier()
+    if world.is_main:
+        record.write(out.with_suffix(".json"))
+        shape = (len(labels), record.image_size_eval, record.image_size_eval, 3)
+        samples.write(out, parts.read(), shape, labels)
+        shutil.rmtree(parts.folder)
+        print(f"wrote {out}: {len(labels)} images of {record.image_size_eval} px")
 
 
 def main() -> None:
-    args = parse()
-    pipeline = Pipeline.load(args)
-    labels = all_labels(args, pipeline)
-    shape = (len(labels), pipeline.output_size, pipeline.output_size, 3)
-    outs = {scale: args.sample_dir / file_name(args, pipeline, scale) for scale in args.cfg_scale}
-    wanted = {out: {"cfg_scale": scale, **settings(args, pipeline)} for scale, out in outs.items()}
-    for out in outs.values():
-        if out.is_file() and not out.with_suffix(".json").is_file():
-            raise cli.InputError(f"{out} is there without its .json, so how it was drawn is unknown: move or delete it")
-        refuse_other_settings(out.with_suffix(".json"), wanted[out])
-    work = {scale: Parts(out, wanted[out]) for scale, out in outs.items() if not out.is_file()}
-    with world() as here:
-        if work:
-            pipeline.to(here.device, min(args.per_proc_batch_size, len(labels)))
-        for scale, parts in work.items():
-            if here.is_main:
-                parts.start()
-            draw(pipeline, parts, labels, args, scale, here)
-            if here.is_main:
-                out = outs[scale]
-                write_json(out.with_suffix(".json"), wanted[out])
-                samples.write(out, parts.read(), shape, labels)
-                print(f"wrote {out}: {len(labels)} images of {pipeline.output_size} px")
-        if here.is_main:
-            for scale, out in outs.items():
-                if scale not in work:
+    settings = SampleSettings.from_command_line(__doc__).as_published("image_size", "image_size_eval", "cfg_scale")
+    given = settings.cfg_scale
+    scales = given if isinstance(given, list) else [given or 1.5]
+    check_folder(settings.sample_dir)
+    with join_world() as world, ExitStack() as stack:
+        sampler = settings.sampler(world.device, settings.per_proc_batch_size)
+        size = settings.image_size_eval or sampler.image_size
+        outs = [settings.sample_dir / settings.file_name(sampler, scale) for scale in scales]
+        world.from_main(lambda: check_room(outs, settings.num_fid_samples * size * size * 3))
+        labels = settings.class_of_each(sampler)
+        guidance_scales(sampler.codes, 1.0, interval=settings.cfg_interval)  # refuses an interval outside the image
+        world.check_shared(settings.sample_dir)
+        fields = make_record(settings, sampler, world)
+        records = {out: SampleRecord(cfg_scale=scale, **fields) for out, scale in zip(outs, scales, strict=True)}
+
+        def finished() -> list[Path]:
+            for out in records:
+                stack.enter_context(file_lock(out))
+            return [out for out, record in records.items() if is_complete(out, record, labels)]
+
+        complete = world.from_main(finished)
+        for out, record in records.items():
+            if out not in complete:
+                draw(sampler, settings, out, record, labels, world)
+        if world.is_main:
+            for out in records:
+                if out in complete:
                     print(f"{out} is complete already")
                 shutil.rmtree(out.with_suffix(".parts"), ignore_errors=True)
-                if args.save_png:
+                if settings.save_png:
                     save_pngs(out)
 
 

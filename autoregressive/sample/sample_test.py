@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from contextlib import redirect_stderr
 from dataclasses import asdict
@@ -20,33 +19,21 @@ import torch
 from PIL import Image
 
 from autoregressive.models.generate import generate
-from autoregressive.models.gpt import PRESETS, Transformer, preset
-from autoregressive.models.load import load_gpt
-from autoregressive.sample import sample_c2i_ddp
+from autoregressive.models.gpt import PRESETS, Transformer
+from autoregressive.models.sampler import ImageSampler
+from autoregressive.sample import sample_c2i, sample_c2i_ddp
+from autoregressive.sample.flags import class_names
+from autoregressive.train.preview import Preview
 from tokenizer.tokenizer_image import vq_model
-from tokenizer.tokenizer_image.load import load_tokenizer
-from utils import checkpoint, cli, streams
+from utils import checkpoint, cli, samples
+from utils.files import file_lock
+from utils.log import RunLog
 from utils.pixels import to_uint8
 from utils.samples import Samples
-from utils.testing import ROOT, assert_refused, fill_by_formula, run_script
+from utils.testing import PATIENCE, ROOT, assert_refused, fill_by_formula, run_on_machines, run_script
 
 MANY = "autoregressive/sample/sample_c2i_ddp.py"
 GRID = "autoregressive/sample/sample_c2i.py"
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, Path]:
-    """A tokenizer and a GPT of 4x4 codes and three classes, as the stages before write them."""
-    root = tmp_path_factory.mktemp("models")
-    vq = vq_model.preset("VQ-4-small", codebook_size=60)
-    tokenizer = fill_by_formula(vq_model.VQModel(vq))
-    checkpoint.save(root / "vq.pt", {"model": tokenizer.state_dict(), "config": asdict(vq), "vq_model": "VQ-4-small"})
-    config = preset("GPT-XXS", vocab_size=60, num_classes=3, block_size=16)
-    content = {"config": asdict(config), "gpt_model": "GPT-XXS", "image_size": 16, "classes": ["ant", "bee", "cat"]}
-    gpt = fill_by_formula(Transformer(config))
-    ema = {name: value * 0.5 for name, value in gpt.state_dict().items()}
-    checkpoint.save(root / "gpt.pt", {**content, "model": gpt.state_dict(), "ema": ema})
-    return {"vq": root / "vq.pt", "gpt": root / "gpt.pt"}
 
 
 def command(models, folder, *flags, images=11) -> list[str]:
@@ -58,18 +45,22 @@ def command(models, folder, *flags, images=11) -> list[str]:
 
 
 def sample(models, folder, *flags, images=11, **options):
-    return run_script(MANY, *command(models, folder, *flags, images=images), **options)
+    result = run_script(MANY, *command(models, folder, *flags, images=images), **options)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def in_this_process(script: str, *flags: object) -> None:
+    """What a script does, without the start of another Python."""
+    main = {MANY: sample_c2i_ddp.main, GRID: sample_c2i.main}[script]
+    with patch.object(sys, "argv", [script, *map(str, flags)]):
+        main()
 
 
 @pytest.fixture
-def here(monkeypatch, models, tmp_path):
-    """Samples into tmp_path within this process, which saves the start of another."""
-
-    def run(*flags, images=11) -> None:
-        monkeypatch.setattr(sys, "argv", [MANY, *command(models, tmp_path, *flags, images=images)])
-        sample_c2i_ddp.main()
-
-    return run
+def run_here(models, tmp_path):
+    """Sample into tmp_path within this process."""
+    return lambda *flags, images=11: in_this_process(MANY, *command(models, tmp_path, *flags, images=images))
 
 
 NAME = "GPT-XXS-gpt-size-16-size-16-VQ-4-small-topk-0-topp-1.0-temperature-1.0-cfg-2.0-seed-0.npz"
@@ -79,8 +70,7 @@ NAME = "GPT-XXS-gpt-size-16-size-16-VQ-4-small-topk-0-topp-1.0-temperature-1.0-c
 def drawn(models, tmp_path_factory) -> Path:
     """The file of a whole run on one process."""
     folder = tmp_path_factory.mktemp("samples")
-    result = sample(models, folder)
-    assert result.returncode == 0, result.stderr
+    in_this_process(MANY, *command(models, folder))
     return folder / NAME
 
 
@@ -89,23 +79,28 @@ def arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
         return file["arr_0"], file["arr_1"]
 
 
+@pytest.mark.slow
+def test_two_machines_with_a_shared_folder_write_what_one_process_does(models, drawn, tmp_path):
+    run_on_machines(MANY, *command(models, tmp_path))
+    assert (tmp_path / NAME).read_bytes() == drawn.read_bytes()
+
+
 def test_images_are_those_of_their_labels_and_streams(models, drawn):
     images, labels = arrays(drawn)
     assert (images.shape, images.dtype, labels.dtype) == ((11, 16, 16, 3), np.uint8, np.int64)
     assert set(labels) <= {0, 1, 2}
-    gpt, about = load_gpt(models["gpt"])
-    assert about["weights"] == "ema"
-    tokenizer, _ = load_tokenizer(models["vq"])
-    uniforms = streams.uniform(0, streams.SAMPLE, np.arange(11)[:, None], np.arange(16))
-    codes = generate(gpt, torch.from_numpy(labels), torch.from_numpy(uniforms), cfg_scale=2.0)
+    sampler = ImageSampler.from_pretrained(models["gpt"], models["vq"], batch_size=5)
+    assert sampler.gpt.about["weights"] == "ema"
+    assert np.array_equal(sampler(labels, cfg_scale=2.0), images)
+    assert np.array_equal(sampler(labels[[7, 2]].tolist(), cfg_scale=2.0, indices=[7, 2]), images[[7, 2]])
     with torch.inference_mode():
-        assert np.array_equal(to_uint8(tokenizer.decode_code(codes)), images)
+        codes = generate(sampler.gpt, labels, cfg_scale=2.0)
+        assert np.array_equal(to_uint8(sampler.tokenizer.decode_code(codes)), images)
     assert sorted(path.name for path in drawn.parent.iterdir()) == [NAME.replace(".npz", ".json"), NAME]
 
 
 def test_any_batch_size_and_number_of_processes_draws_the_same(models, drawn, tmp_path):
-    result = sample(models, tmp_path, "--per-proc-batch-size", "3", processes=2)
-    assert result.returncode == 0, result.stderr
+    sample(models, tmp_path, "--per-proc-batch-size", "3", processes=2)
     for one, other in zip(arrays(drawn), arrays(tmp_path / NAME), strict=True):
         assert np.array_equal(one, other)
 
@@ -117,51 +112,76 @@ def test_a_run_that_was_cut_off_draws_only_what_is_missing(models, drawn, tmp_pa
     parts.mkdir()
     (parts / "settings.json").write_text(json.dumps(record))
     marked = arrays(drawn)[0].copy()
-    marked[[0, 5], 0, 0] = (1, 2, 3)
-    np.save(parts / "00000000-00000002.npy", marked[:2])
-    np.save(parts / "00000005-00000008.npy", marked[5:8])
+    marked[[0, 5, 9], 0, 0] = (1, 2, 3)
+    labels = arrays(drawn)[1]
+    for first, stop in ((0, 2), (5, 8), (8, 11)):
+        images = marked[first:stop]
+        samples.write(parts / f"{first:08d}-{stop:08d}.npz", [images], images.shape, labels[first:stop])
+    with open(parts / "00000008-00000011.npz", "r+b") as damaged:  # one bit: its CRC tells
+        damaged.seek(900)
+        byte = damaged.read(1)[0]
+        damaged.seek(900)
+        damaged.write(bytes([byte ^ 4]))
+    samples.write(parts / "00000003-00000004.npz", [marked[3:4]], (1, 16, 16, 3), 2 - labels[3:4] // 2)  # other labels
+    (parts / "00000004-best.npz").write_text("of others")
+    marked[9, 0, 0] = arrays(drawn)[0][9, 0, 0]
     result = sample(models, tmp_path, processes=2)
-    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("drawing them again") == 2
     assert np.array_equal(arrays(tmp_path / NAME)[0], marked)
     assert not parts.exists()
 
 
-def test_a_killed_run_goes_on_to_the_same_file(models, drawn, tmp_path):
-    """kill -9 once some images are there; then the same command, with another batch size."""
+KILLED = """
+import os, signal
+import numpy as np
+from autoregressive.sample import sample_c2i_ddp
+from utils import cli, samples
+
+write, done = samples.write, []
+
+def counted(path, batches, shape, labels):
+    def cut_off():
+        yield np.concatenate(list(batches))
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, cut_off() if len(done) == 2 else batches, shape, labels)
+    done.append(path)
+
+samples.write = counted
+cli.run(sample_c2i_ddp.main)
+"""
+
+
+def test_a_killed_run_resumes_to_the_same_file(models, drawn, tmp_path):
+    """kill -9 while the third image is written; then the same command, with another batch size."""
+    arguments = command(models, tmp_path, "--per-proc-batch-size", 1)
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments], cwd=ROOT, capture_output=True, text=True, check=False,
+        timeout=PATIENCE,
+    )  # fmt: skip
+    assert run.returncode == -signal.SIGKILL, run.stderr
     parts = tmp_path / NAME.replace(".npz", ".parts")
-    run = subprocess.Popen(
-        [sys.executable, MANY, *command(models, tmp_path, "--per-proc-batch-size", 1)],
-        cwd=ROOT,
-        stderr=subprocess.DEVNULL,
-    )
-    while len(list(parts.glob("0*.npy"))) < 2 and run.poll() is None:
-        time.sleep(0.005)
-    run.send_signal(signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL
-    there = {path: path.stat().st_mtime_ns for path in parts.glob("0*.npy")}
-    assert there
-    result = sample(models, tmp_path)
-    assert result.returncode == 0, result.stderr
+    assert len(list(parts.glob("0*.npz"))) == 2 and len(list(parts.glob(".0*.npz"))) == 1
+    in_this_process(MANY, *command(models, tmp_path))
     for one, other in zip(arrays(drawn), arrays(tmp_path / NAME), strict=True):
         assert np.array_equal(one, other)
 
 
-def test_finished_work_is_not_redone_and_other_settings_are_refused(models, drawn, here, tmp_path, capsys):
+def test_finished_work_is_not_redone_and_other_settings_are_refused(models, drawn, run_here, tmp_path, capsys):
     for path in drawn.parent.iterdir():
         shutil.copy(path, tmp_path)
-    here()
+    run_here()
     assert "is complete already" in capsys.readouterr().out
-    with pytest.raises(cli.InputError, match=r"other settings \(labels differ"):
-        here("--labels", "balanced")
-    with pytest.raises(cli.InputError, match=r"other settings \(num_fid_samples differ"):
-        here(images=12)
+    with pytest.raises(cli.InputError, match=r"other settings \(labels \['random'\], now \['balanced'\]"):
+        run_here("--labels", "balanced")
+    with pytest.raises(cli.InputError, match=r"other settings \(num_fid_samples 11, now 12"):
+        run_here(images=12)
     (tmp_path / NAME.replace(".npz", ".json")).unlink()
     with pytest.raises(cli.InputError, match=r"without its \.json.*move or delete it"):
-        here()
+        run_here()
 
 
-def test_a_sweep_writes_a_file_a_scale(drawn, here, tmp_path, capsys):
-    here("--cfg-scale", "1.0", "2.0", "3.5", "--save-png")
+def test_a_sweep_writes_a_file_a_scale(drawn, run_here, tmp_path, capsys):
+    run_here("--cfg-scale", "1.0", "2.0", "3.5", "--save-png")
     files = {scale: tmp_path / NAME.replace("cfg-2.0", f"cfg-{scale}") for scale in ("1.0", "2.0", "3.5")}
     images = {scale: arrays(path)[0] for scale, path in files.items()}
     assert np.array_equal(images["2.0"], arrays(drawn)[0])
@@ -170,11 +190,11 @@ def test_a_sweep_writes_a_file_a_scale(drawn, here, tmp_path, capsys):
         pngs = sorted(path.with_suffix("").iterdir())
         assert [png.name for png in pngs] == [f"{i:06d}.png" for i in range(11)]
         assert np.array_equal(np.stack([np.array(Image.open(png)) for png in pngs]), images[scale])
-    here("--cfg-scale", "1.0", "2.0")
+    run_here("--cfg-scale", "1.0", "2.0")
     assert capsys.readouterr().out.count("is complete already") == 2
 
 
-def test_schedules_have_names_and_effects(drawn, here, tmp_path):
+def test_schedules_have_names_and_effects(drawn, run_here, tmp_path):
     flags = {
         "cfg-2.0-linear": ("--cfg-schedule", "linear"),
         "cfg-2.0-power-cosine-3.0": ("--cfg-schedule", "power-cosine", "--cfg-power", "3"),
@@ -183,38 +203,99 @@ def test_schedules_have_names_and_effects(drawn, here, tmp_path):
     }
     found = [arrays(drawn)[0]]
     for name, these in flags.items():
-        here(*these)
+        run_here(*these)
         found.append(arrays(tmp_path / NAME.replace("cfg-2.0", name))[0])
     assert len({images.tobytes() for images in found}) == len(found)
 
 
-def test_chosen_labels_are_taken_in_turn(here, tmp_path):
-    here("--labels", "2", "0", images=5)
+def test_chosen_labels_are_taken_in_turn(run_here, tmp_path):
+    run_here("--labels", "2", "0", images=5)
     assert arrays(tmp_path / NAME)[1].tolist() == [2, 0, 2, 0, 2]
 
 
-def test_balanced_labels_raw_weights_and_another_size(models, drawn, tmp_path):
+def test_balanced_labels_raw_weights_and_another_size(run_here, tmp_path):
     flags = ("--labels", "balanced", "--weights", "model", "--image-size-eval", "24", "--global-seed", "3")
-    result = sample(models, tmp_path, *flags, images=4)
-    assert result.returncode == 0, result.stderr
+    run_here(*flags, "--num-classes", "3", images=4)
     name = NAME.replace("16-size-16", "16-size-24").replace("seed-0", "seed-3").replace("gpt-size", "gpt-raw-size")
-    samples = Samples(tmp_path / name)
-    assert samples.shape == (4, 24, 24, 3)
-    assert samples.labels.tolist() == [0, 1, 2, 0]
+    file = Samples(tmp_path / name)
+    assert file.shape == (4, 24, 24, 3)
+    assert file.labels.tolist() == [0, 1, 2, 0]
 
 
 def test_a_grid_of_chosen_classes(models, tmp_path):
     flags = ("--vq-ckpt", models["vq"], "--gpt-ckpt", models["gpt"], "--out", tmp_path / "grid.png")
-    result = run_script(GRID, *flags, "--class-ids", "2", "0", "--per-class", "3", "--scale", "2")
-    assert result.returncode == 0, result.stderr
+    in_this_process(GRID, *flags, "--class-ids", "2", "0", "--per-class", "3", "--scale", "2")
     with Image.open(tmp_path / "grid.png") as page:
         assert page.height > 2 * (2 * 16 + 2 + 10)  # a line of words under each row
         assert page.width == 3 * (2 * 16 + 2) + 2
-    assert_refused(run_script(GRID, *flags, "--class-ids", "1", "3"), "--class-ids 3 is out of range", "classes 0 to 2")
+    with pytest.raises(cli.InputError, match=r"--class-ids 3 is out of range.*classes 0 to 2"):
+        in_this_process(GRID, *flags, "--class-ids", "1", "3")
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+
+
+def test_a_damaged_file_is_made_again(run_here, drawn, tmp_path, capsys):
+    for change in (lambda data: data[:100], lambda data: data[:3000] + bytes([data[3000] ^ 1]) + data[3001:]):
+        shutil.copy(drawn.with_suffix(".json"), tmp_path)
+        (tmp_path / NAME).write_bytes(change(drawn.read_bytes()))
+        run_here()
+        assert "is damaged: making it again" in capsys.readouterr().err
+        assert np.array_equal(arrays(tmp_path / NAME)[0], arrays(drawn)[0])
+
+
+def test_a_file_has_one_writer(run_here, tmp_path):
+    with file_lock(tmp_path / NAME), pytest.raises(cli.InputError, match=f"{NAME} is in use by process"):
+        run_here()
+    assert not (tmp_path / NAME).exists()
+
+
+def test_weights_are_hashed_once(run_here, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(sample_c2i_ddp, "sha256", lambda path: hashed.append(path.name) or "0" * 64)
+    run_here("--cfg-scale", "1.0", "3.0", images=1)
+    assert sorted(hashed) == ["gpt.pt", "vq.pt"]
+
+
+@pytest.mark.parametrize(("figures", "taken"), [((2.0, 1.0), "ema"), ((1.0, 2.0), "model"), ((1.0, None), "ema")])
+def test_an_average_that_is_worse_is_not_taken(models, tmp_path, figures, taken, capsys):
+    content = checkpoint.load(models["gpt"])
+    content["validation"] = dict(zip(("val_loss", "val_loss_ema"), figures, strict=True))
+    checkpoint.save(tmp_path / "short.pt", content)
+    sampler = ImageSampler.from_pretrained(tmp_path / "short.pt", models["vq"])
+    assert sampler.gpt.about["weights"] == taken
+    assert ("the average of the weights is worse" in capsys.readouterr().err) == (taken == "model")
+    insisted = ImageSampler.from_pretrained(tmp_path / "short.pt", models["vq"], weights="ema")
+    assert insisted.gpt.about["weights"] == "ema"
+
+
+def test_three_classes_in_the_published_form(models, tmp_path):
+    """The tensors say how many classes there are."""
+    state = checkpoint.load(models["gpt"])["model"]
+    torch.save({"model": state, "steps": 24, "args": Namespace(lr=1e-4)}, tmp_path / "bare.pt")
+    sampler = ImageSampler.from_pretrained(tmp_path / "bare.pt", models["vq"], image_size=16)
+    assert sampler([2, 0], size=24).shape == (2, 24, 24, 3)
+    assert sampler([]).shape == (0, 16, 16, 3)
+    with pytest.raises(cli.InputError, match="label 3 is out of range"):
+        sampler([3])
+
+
+def test_previews_are_the_samplers_images(models, tmp_path):
+    sampler = ImageSampler.from_pretrained(models["gpt"], models["vq"])
+    model, log = sampler.gpt.train(), RunLog(tmp_path)
+    preview = Preview(
+        sampler.tokenizer, tmp_path / "samples", log, ["ant"], 3, torch.device("cpu"), torch.float32, per_class=2
+    )
+    preview(model, 2)
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["epoch-0002.png"]
+    assert model.training
+    page = np.array(Image.open(tmp_path / "samples" / "epoch-0002.png"))
+    assert np.array_equal(page[2 : 2 + 64 : 4, 2 : 2 + 64 : 4], sampler([0])[0])
+    model.norm.weight = torch.nn.Parameter(torch.full((128,), float("nan")))
+    preview(model, 6)
+    assert "did not draw" in (tmp_path / "log.txt").read_text()
 
 
 @pytest.mark.slow
-def test_published_files_by_the_published_command(tmp_path, monkeypatch, capsys):
+def test_published_files_by_the_published_command(tmp_path, capsys):
     """Weights without a config, wrapped as published; the file gets the published name, also where flags are left out."""
     folder = tmp_path / "pretrained_models"
     folder.mkdir()
@@ -232,8 +313,7 @@ def test_published_files_by_the_published_command(tmp_path, monkeypatch, capsys)
     name = "GPT-B-c2i_B_256-size-256-size-256-VQ-16-topk-0-topp-1.0-temperature-1.0-cfg-2.0-seed-0.npz"
     assert Samples(tmp_path / "samples" / name).shape == (1, 256, 256, 3)
     short = (*command[:4], "--num-fid-samples", "1", "--sample-dir", tmp_path / "samples")
-    monkeypatch.setattr(sys, "argv", [MANY, *map(str, short)])
-    sample_c2i_ddp.main()
+    in_this_process(MANY, *short)
     out, error = capsys.readouterr()
     assert f"{name} is complete already" in out
     assert "--image-size 256 --image-size-eval 256 --cfg-scale 2.0: as published for" in error
@@ -278,8 +358,8 @@ class TestWrongInputs:
 
     def test_guidance(self, models, tmp_path):
         self.refused(models, tmp_path, ("--cfg-scale", "0.5"), "--cfg-scale", "at least 1 (1 is off)", "0.5")
-        self.refused(models, tmp_path, ("--cfg-interval", "4", "17"), "--cfg-interval 4 17", "STOP <= 16")
-        self.refused(models, tmp_path, ("--cfg-interval", "16"), "--cfg-interval 16", "from -1 to 15")
+        self.refused(models, tmp_path, ("--cfg-interval", "4", "17"), "cfg-interval 4 17", "STOP <= 16")
+        self.refused(models, tmp_path, ("--cfg-interval", "16"), "cfg-interval 16", "from -1 to 15")
         self.refused(models, tmp_path, ("--cfg-power", "2"), "--cfg-power 2.0", "power-cosine", "not constant")
 
     def test_labels(self, models, tmp_path):
@@ -288,8 +368,45 @@ class TestWrongInputs:
 
     def test_a_folder_that_cannot_be_written(self, models, tmp_path):
         (tmp_path / "file").write_text("")
-        self.refused(models, tmp_path, ("--sample-dir", tmp_path / "file" / "x"), "file", "--sample-dir")
+        with patch.object(ImageSampler, "from_pretrained", side_effect=AssertionError("work before the check")):
+            self.refused(models, tmp_path, ("--sample-dir", tmp_path / "file" / "x"), "file/x cannot be made")
+
+    @pytest.mark.parametrize("out", ["grid.txt", ""])
+    def test_a_picture_that_cannot_be_written(self, models, tmp_path, out):
+        with pytest.raises(cli.InputError, match=r"ends in \.png"):
+            in_this_process(GRID, "--vq-ckpt", models["vq"], "--gpt-ckpt", models["gpt"], "--out", tmp_path / out)
+
+    def test_a_model_that_is_not_finite(self, models, tmp_path):
+        sampler = ImageSampler.from_pretrained(models["gpt"], models["vq"])
+        sampler.gpt.norm.weight = torch.nn.Parameter(torch.full((128,), float("nan")))
+        with pytest.raises(cli.InputError, match=r"gpt\.pt: the GPT's logits are not finite"):
+            sampler([0, 1])
+
+    def test_classes_of_the_file(self, models, tmp_path):
+        self.refused(models, tmp_path, ("--num-classes", "4"), "--num-classes 4", "has 3 classes")
+
+    def test_more_images_than_the_disk_holds(self, models, tmp_path):
+        flags = ("--num-fid-samples", "2000000000", "--image-size-eval", "8192")
+        self.refused(models, tmp_path, flags, "out needs 805,306,368,000.00 MB", "MB free")
 
     def test_flags(self, models, tmp_path):
         self.refused(models, tmp_path, ("--top-p", "0"), "--top-p", "(0, 1]")
         self.refused(models, tmp_path, ("--temperature", "0"), "--temperature", "above 0")
+
+
+@pytest.mark.parametrize(
+    ("given", "classes", "names"),
+    [
+        (["ant", "bee"], 3, ["ant", "bee", "class 2"]),  # trained with more classes than the codes had
+        (["ant", "bee", "cat", "dog"], 3, ["ant", "bee", "cat"]),
+        ([7, None], 2, ["7", "None"]),
+        ("ant", 2, ["class 0", "class 1"]),
+        ([], 2, ["class 0", "class 1"]),
+        (["n01440764", "n02102040"], 1000, ["n01440764", "n02102040", "class 2"]),  # two classes of ImageNet's thousand
+        ([f"n{i:08d}" for i in range(1000)], 1000, ["tench", "goldfish", "great white shark"]),
+    ],
+)
+def test_names_of_classes(given, classes, names):
+    gpt = Namespace(about={"classes": given}, config=Namespace(num_classes=classes))
+    found = class_names(Namespace(gpt=gpt))
+    assert len(found) == classes and found[:3] == names

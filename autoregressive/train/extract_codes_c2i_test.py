@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,16 +19,21 @@ import torch
 from PIL import Image
 
 from autoregressive.train import extract_codes_c2i
-from autoregressive.train.extraction import Behind, Encoder, fitting_batch
+from autoregressive.train.extraction import BackgroundWriter, Encoder, convolution_precision, fitting_batch
+from dataset import images as images_module
 from dataset.codes import Codes
+from dataset.codes import __main__ as codes_command
 from dataset.codes.toy import unfinish
 from dataset.images import VIEWS, ImageFolder, cut_views, load_image
-from tokenizer.tokenizer_image.load import load_tokenizer
+from tokenizer.tokenizer_image.load import Tokenizer
 from tokenizer.tokenizer_image.vq_model import PRESETS, VQModel, preset
-from utils import checkpoint
+from utils import checkpoint, cli
 from utils.cli import InputError
+from utils.distributed import World
+from utils.fake_gpu import GPU, fake_gpu
+from utils.files import file_lock
 from utils.pixels import to_float
-from utils.testing import ROOT, assert_refused, fill_by_formula, run_script
+from utils.testing import ROOT, assert_refused, fill_by_formula, run_on_machines, run_script, wait_for
 
 SCRIPT = "autoregressive/train/extract_codes_c2i.py"
 
@@ -59,7 +65,7 @@ def extract(images, vq_ckpt, code_path, *flags, **options):
 
 
 @pytest.fixture
-def here(monkeypatch, capsys):
+def in_process(monkeypatch, capsys):
     """Extract in this process, which is fast; returns what was printed. InputError where the command would say so."""
 
     def run(images, vq_ckpt, code_path, *flags) -> str:
@@ -85,7 +91,7 @@ def views_of(path, size: int, mode: str, crop_range: float = 1.1) -> torch.Tenso
 
 def one_by_one(images, vq_ckpt, mode: str, crop_range: float = 1.1) -> np.ndarray:
     """(images, views, tokens): each view encoded on its own."""
-    tokenizer, _ = load_tokenizer(vq_ckpt)
+    tokenizer = Tokenizer.from_pretrained(vq_ckpt)
     views = [views_of(path, 16, mode, crop_range) for path in ImageFolder(images).paths]
     with torch.inference_mode():
         return np.array([[tokenizer.encode(to_float(v[None])).flatten().numpy() for v in image] for image in views])
@@ -100,8 +106,8 @@ def contents(root: Path) -> dict[str, bytes]:
     [("flip", ()), ("single", ("--no-flip",)), ("ten-crop", ("--ten-crop", "--crop-range", "1.1"))],
 )
 @pytest.mark.parametrize("layout", ["packed", "per-image"])
-def test_codes_are_those_of_each_view(images, vq_ckpt, tmp_path, here, mode, flags, layout):
-    here(images, vq_ckpt, tmp_path, *flags, "--layout", layout)
+def test_codes_are_those_of_each_view(images, vq_ckpt, tmp_path, in_process, mode, flags, layout):
+    in_process(images, vq_ckpt, tmp_path, *flags, "--layout", layout)
     expected, folder = one_by_one(images, vq_ckpt, mode), ImageFolder(images)
     codes = Codes(tmp_path, "toy", 16)
     assert (len(codes), codes.views, codes.tokens) == (11, VIEWS[mode], 16)
@@ -116,11 +122,11 @@ def test_codes_are_those_of_each_view(images, vq_ckpt, tmp_path, here, mode, fla
 
 
 def test_a_run_that_was_cut_off_is_completed_to_the_same_bytes_by_any_number_of_processes(
-    images, vq_ckpt, tmp_path, here
+    images, vq_ckpt, tmp_path, in_process
 ):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for root in (whole, cut):
-        here(images, vq_ckpt, root)
+        in_process(images, vq_ckpt, root)
     unfinish(cut, "toy16")
     (cut / "toy16_codes" / "00001.npy").unlink()
     (cut / "toy16_labels" / "00002.npy").unlink()
@@ -129,7 +135,40 @@ def test_a_run_that_was_cut_off_is_completed_to_the_same_bytes_by_any_number_of_
     assert result.returncode == 0, result.stderr
     assert contents(cut) == contents(whole)
     assert (cut / "toy16_codes" / "00000.npy").stat().st_mtime_ns == kept
-    assert "is complete already" in here(images, vq_ckpt, cut)
+    assert "is complete already" in in_process(images, vq_ckpt, cut)
+
+
+@pytest.mark.slow
+def test_two_machines_with_a_shared_folder_write_what_one_process_does(images, vq_ckpt, tmp_path, in_process):
+    in_process(images, vq_ckpt, tmp_path / "one")
+    run_on_machines(SCRIPT, *arguments(images, vq_ckpt, tmp_path / "two"))
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize("layout", ["packed", "per-image"])
+def test_parts_that_are_merged_are_what_one_machine_writes(images, vq_ckpt, tmp_path, in_process, monkeypatch, layout):
+    """Three shards in two parts; one image cannot be read, and each machine has its own copy of the images."""
+    for name in ("whole", "a", "b"):
+        shutil.copytree(images, tmp_path / f"images-{name}")
+        (tmp_path / f"images-{name}" / "b" / "01.png").write_bytes(b"broken")
+    in_process(tmp_path / "images-whole", vq_ckpt, tmp_path / "whole", "--layout", layout)
+    for name, part in (("a", "1/2"), ("b", "2/2")):
+        in_process(tmp_path / f"images-{name}", vq_ckpt, tmp_path / name, "--layout", layout, "--part", part)
+    with pytest.raises(InputError, match=r"holds part 1/2 of the codes: .* merge"):
+        Codes(tmp_path / "a", "toy", 16)
+    monkeypatch.setattr("sys.argv", ["", "merge", *(str(tmp_path / name) for name in ("merged", "b", "a"))])
+    codes_command.main()
+    assert contents(tmp_path / "merged") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("part", "line"), [("3/2", "--part 3/2: expected K/N"), ("1", "expected K/N"), ("1/9", "there are 3 shards")]
+)
+def test_a_part_that_is_none_is_refused(images, vq_ckpt, tmp_path, in_process, capsys, part, line):
+    with pytest.raises((SystemExit, InputError)) as refused:
+        in_process(images, vq_ckpt, tmp_path / "codes", "--part", part)
+    assert line in capsys.readouterr().err + str(refused.value)
+    assert not (tmp_path / "codes").exists()
 
 
 def test_a_published_tokenizer_by_the_published_command(images, tmp_path):
@@ -152,13 +191,13 @@ def test_a_published_tokenizer_by_the_published_command(images, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_several_crop_ranges_from_one_reading(images, vq_ckpt, tmp_path, here, monkeypatch):
+def test_several_crop_ranges_from_one_reading(images, vq_ckpt, tmp_path, in_process, monkeypatch):
     """Each in its folder with the codes that it has alone; a range that is there is not made again."""
     read = []
-    opened = Image.open
-    monkeypatch.setattr(Image, "open", lambda path: read.append(path) or opened(path))
+    decode = images_module.decode
+    monkeypatch.setattr(images_module, "decode", lambda path, *options: read.append(path) or decode(path, *options))
     flags = ("--ten-crop", "--crop-range", "1.1", "1.25")
-    out = here(images, vq_ckpt, tmp_path, *flags)
+    out = in_process(images, vq_ckpt, tmp_path, *flags)
     assert len(read) == 11
     roots = [tmp_path / "crop-1.1", tmp_path / "crop-1.25"]
     assert f"--code-path {roots[0]} {roots[1]}" in out
@@ -173,7 +212,7 @@ def test_several_crop_ranges_from_one_reading(images, vq_ckpt, tmp_path, here, m
     kept = (roots[0] / "toy16_codes" / "00001.npy").stat().st_mtime_ns
     (roots[1] / "toy16_codes" / "00001.npy").unlink()
     read.clear()
-    out = here(images, vq_ckpt, tmp_path, *flags)
+    out = in_process(images, vq_ckpt, tmp_path, *flags)
     assert f"{roots[0] / 'toy16_codes'} is complete already" in out
     assert f"{roots[1] / 'toy16_codes'} is written" in out
     assert contents(tmp_path) == whole
@@ -201,7 +240,7 @@ def damages(rng: random.Random) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("layout", ["packed", "per-image"])
-def test_damaged_files_are_recorded_and_shift_nothing(images, vq_ckpt, tmp_path, here, layout):
+def test_damaged_files_are_recorded_and_shift_nothing(images, vq_ckpt, tmp_path, in_process, layout):
     """Among good ones, which keep their numbers, labels and codes; also by worker processes, and when run again."""
     expected = one_by_one(images, vq_ckpt, "single")
     good, bad = ImageFolder(images), damages(random.Random(0))
@@ -215,7 +254,8 @@ def test_damaged_files_are_recorded_and_shift_nothing(images, vq_ckpt, tmp_path,
     for i, (name, content) in enumerate(bad.items()):
         (tmp_path / "images" / "abc"[i % 3] / f"{i % 11:02d}-{name}.jpg").write_bytes(content)
     mixed = ImageFolder(tmp_path / "images")
-    out = here(tmp_path / "images", vq_ckpt, tmp_path / "out", "--no-flip", "--layout", layout)
+    out = in_process(tmp_path / "images", vq_ckpt, tmp_path / "out", "--no-flip", "--layout", layout)
+    whole = contents(tmp_path / "out")
     codes = Codes(tmp_path / "out", "toy", 16)
     m = codes.manifest
     broken = {name for name in mixed.names if Path(name).suffix == ".jpg"}
@@ -226,15 +266,14 @@ def test_damaged_files_are_recorded_and_shift_nothing(images, vq_ckpt, tmp_path,
     got, labels = codes.batch(np.arange(11))
     assert np.array_equal(got, expected[:, 0])
     assert np.array_equal(labels, good.labels)
-    whole = contents(tmp_path / "out")
-    assert "is complete already" in here(
+    assert "is complete already" in in_process(
         tmp_path / "images", vq_ckpt, tmp_path / "out", "--no-flip", "--layout", layout, "--num-workers", "1"
     )
-    here(tmp_path / "images", vq_ckpt, tmp_path / "again", "--no-flip", "--layout", layout, "--num-workers", "1")
+    in_process(tmp_path / "images", vq_ckpt, tmp_path / "again", "--no-flip", "--layout", layout, "--num-workers", "1")
     assert contents(tmp_path / "again") == whole
 
 
-def test_flipped_bytes_never_stop_it(images, vq_ckpt, tmp_path, here):
+def test_flipped_bytes_never_stop_it(images, vq_ckpt, tmp_path, in_process):
     """A file with random wrong bytes is read as something or skipped, as Pillow has it; the others are as ever."""
     rng, good = random.Random(0), Path(ImageFolder(images).paths[0])
     (tmp_path / "images" / "a").mkdir(parents=True)
@@ -250,7 +289,7 @@ def test_flipped_bytes_never_stop_it(images, vq_ckpt, tmp_path, here):
         (tmp_path / "images" / "a" / f"{i:02d}.jpg").write_bytes(content)
     (tmp_path / "images" / "b").mkdir()
     (tmp_path / "images" / "b" / "good.png").write_bytes(good.read_bytes())
-    here(tmp_path / "images", vq_ckpt, tmp_path / "out", "--no-flip")
+    in_process(tmp_path / "images", vq_ckpt, tmp_path / "out", "--no-flip")
     codes = Codes(tmp_path / "out", "toy", 16)
     assert 0 < len(codes.manifest.skipped) < 60
     assert len(codes) + len(codes.manifest.skipped) == 61
@@ -259,29 +298,29 @@ def test_flipped_bytes_never_stop_it(images, vq_ckpt, tmp_path, here):
     assert labels.tolist() == [1]
 
 
-def test_no_readable_image_at_all_is_one_line_and_no_manifest(vq_ckpt, tmp_path, here):
+def test_no_readable_image_at_all_is_one_line_and_no_manifest(vq_ckpt, tmp_path, in_process):
     (tmp_path / "images" / "a").mkdir(parents=True)
     (tmp_path / "images" / "a" / "x.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"none of the 1 images can be read; a/x\.png: no image of a known format"):
-        here(tmp_path / "images", vq_ckpt, tmp_path / "out")
+        in_process(tmp_path / "images", vq_ckpt, tmp_path / "out")
     assert not (tmp_path / "out" / "toy16.json").exists()
 
 
-def test_a_changed_tree_is_not_mixed_in(images, vq_ckpt, tmp_path, here):
-    here(images, vq_ckpt, tmp_path / "out")
+def test_a_changed_tree_is_not_mixed_in(images, vq_ckpt, tmp_path, in_process):
+    in_process(images, vq_ckpt, tmp_path / "out")
     copied = tmp_path / "images"
     for name, path in zip(ImageFolder(images).names, ImageFolder(images).paths, strict=True):
         (copied / name).parent.mkdir(parents=True, exist_ok=True)
         (copied / name).write_bytes(Path(path).read_bytes())
-    assert "is complete already" in here(copied, vq_ckpt, tmp_path / "out")
+    assert "is complete already" in in_process(copied, vq_ckpt, tmp_path / "out")
     (copied / "a" / "00.png").rename(copied / "a" / "zz.png")
     with pytest.raises(InputError, match=r"other settings \(paths_sha256"):
-        here(copied, vq_ckpt, tmp_path / "out")
+        in_process(copied, vq_ckpt, tmp_path / "out")
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_is_completed_to_the_same_bytes(images, vq_ckpt, tmp_path, here):
-    here(images, vq_ckpt, tmp_path / "whole", "--layout", "per-image")
+def test_killed_at_any_moment_it_is_completed_to_the_same_bytes(images, vq_ckpt, tmp_path, in_process):
+    in_process(images, vq_ckpt, tmp_path / "whole", "--layout", "per-image")
     rng = random.Random(0)
     command = [sys.executable, SCRIPT, *map(str, arguments(images, vq_ckpt, tmp_path / "cut", "--layout", "per-image"))]
     for _ in range(4):
@@ -289,12 +328,14 @@ def test_killed_at_any_moment_it_is_completed_to_the_same_bytes(images, vq_ckpt,
             command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
-        while run.poll() is None and not (tmp_path / "cut" / "toy16.unfinished.json").exists():
-            time.sleep(0.005)
+        begun = tmp_path / "cut" / "toy16.unfinished.json"
+        wait_for(
+            "the extraction has begun or ended", lambda run=run, begun=begun: run.poll() is not None or begun.exists()
+        )
         time.sleep(rng.uniform(0, 0.3))
         run.send_signal(signal.SIGKILL)
         run.wait()
-    here(images, vq_ckpt, tmp_path / "cut", "--layout", "per-image")
+    in_process(images, vq_ckpt, tmp_path / "cut", "--layout", "per-image")
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
@@ -302,11 +343,11 @@ def test_a_write_that_fails_is_heard_of():
     def fails():
         raise InputError("the disk is full")
 
-    with pytest.raises(InputError, match="full"), Behind() as behind:
-        behind.submit(fails)
-    with pytest.raises(InputError, match="full"), Behind() as behind:
-        behind.submit(fails)
-        behind.submit(lambda: None)
+    with pytest.raises(InputError, match="full"), BackgroundWriter() as writer:
+        writer.submit(fails)
+    with pytest.raises(InputError, match="full"), BackgroundWriter() as writer:
+        writer.submit(fails)
+        writer.submit(lambda: None)
 
 
 def test_batches_fit_and_are_powers_of_two():
@@ -330,55 +371,109 @@ def test_bf16_and_any_batch_give_whole_codes():
     assert 0.5 < (make(torch.bfloat16, 4) == plain).float().mean() <= 1
 
 
+def test_on_a_gpu_the_host_does_not_wait_for_codes(monkeypatch):
+    """Of a batch that is filled up, too, since compiled code has one shape."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    model, crops = VQModel(preset("VQ-4-small", codebook_size=300)).eval(), torch.zeros(3, 18, 18, 3, dtype=torch.uint8)
+    with fake_gpu() as gpu:
+        encoder = Encoder(model, GPU, batch_size=4, precision=torch.bfloat16, compiled=True)
+        codes = encoder.codes([crops], 16, "ten-crop")
+        assert codes.device == GPU and codes.shape == (3, 10, 16)
+    assert not gpu.waits
+
+
 class TestWrongInputs:
-    def refused(self, images, vq_ckpt, tmp_path, flags, *parts):
-        assert_refused(extract(images, vq_ckpt, tmp_path / "out", *flags), *parts)
+    @pytest.mark.parametrize(
+        ("flags", "parts"),
+        [
+            (("--image-size", "18"), ("--image-size 18", "multiple")),
+            (("--ten-crop", "--crop-range", "0.9"), ("--crop-range 0.9", "at least 1")),
+            (("--crop-range", "1.1"), ("--crop-range has no effect without --ten-crop",)),
+            (("--crop-range", "1.1", "1.05"), ("--crop-range has no effect without --ten-crop",)),
+            (("--no-flip", "--ten-crop"), ("--no-flip has no effect with --ten-crop",)),
+            (("--ten-crop", "--crop-range", "1.07", "1.1", "1.12"), ("1.1 1.12: ", "the same crop of 17 px")),
+            (("--num-workers", "-1"), ("--num-workers", "from 0 to")),
+            (("--dataset", "../x"), ("--dataset '../x'", "without /")),
+            (("--data-path", "nowhere"), ("there is no folder nowhere",)),
+            (("--code-path", "/dev/null/x"), ("/dev/null is no folder",)),
+        ],
+    )
+    def test_flags(self, images, vq_ckpt, tmp_path, in_process, capsys, flags, parts):
+        with pytest.raises(SystemExit) as end:
+            cli.run(lambda: in_process(images, vq_ckpt, tmp_path / "out", *flags))
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert end.value.code == 2
+        assert error.startswith("error: ")
+        assert all(part in error for part in parts), error
         assert not (tmp_path / "out").exists()
 
-    def test_flags(self, images, vq_ckpt, tmp_path):
-        self.refused(images, vq_ckpt, tmp_path, ("--image-size", "18"), "--image-size 18", "multiple")
-        flags = ("--ten-crop", "--crop-range", "0.9")
-        self.refused(images, vq_ckpt, tmp_path, flags, "--crop-range 0.9", "at least 1")
-
-    def test_crop_ranges(self, images, vq_ckpt, tmp_path, here):
-        for flags, message in (
-            (("--crop-range", "1.1", "1.05"), "several are for --ten-crop, which is not given"),
-            (("--ten-crop", "--crop-range", "1.07", "1.1", "1.12"), "1.1 1.12: .*the same crop of 17 px"),
-        ):
-            with pytest.raises(InputError, match=message):
-                here(images, vq_ckpt, tmp_path / "out", *flags)
-        assert not (tmp_path / "out").exists()
-
-    def test_folders(self, vq_ckpt, tmp_path):
-        self.refused(tmp_path / "nowhere", vq_ckpt, tmp_path, (), "there is no folder", "nowhere")
-        (tmp_path / "images" / "empty").mkdir(parents=True)
-        self.refused(tmp_path / "images", vq_ckpt, tmp_path, (), "no images in class folder empty")
-
-    def test_truncated_tokenizer(self, images, vq_ckpt, tmp_path):
+    def test_a_truncated_tokenizer_and_folders_without_images(self, images, vq_ckpt, tmp_path, in_process):
         broken = tmp_path / "broken.pt"
         broken.write_bytes(vq_ckpt.read_bytes()[:4000])
-        self.refused(images, broken, tmp_path, (), "broken.pt", "truncated")
+        with pytest.raises(InputError, match=r"broken\.pt.*truncated"):
+            in_process(images, broken, tmp_path / "out")
+        (tmp_path / "images" / "empty").mkdir(parents=True)
+        with pytest.raises(InputError, match="no images in"):
+            in_process(tmp_path / "images", vq_ckpt, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
-    @pytest.mark.parametrize(("workers", "processes"), [("0", 1), ("1", 1), ("0", 2)])
-    def test_strict_names_the_first_image_that_is_unreadable(self, images, vq_ckpt, tmp_path, workers, processes):
+    @pytest.mark.parametrize(("workers", "processes"), [("0", 1), ("1", 1), ("1000", 2)])
+    def test_strict_names_the_first_image_that_is_unreadable(
+        self, images, vq_ckpt, tmp_path, in_process, workers, processes
+    ):
         """Also by the second of two processes, which has it in its shard."""
         (tmp_path / "a").mkdir()
         source = Path(ImageFolder(images).paths[0]).read_bytes()
         for i in range(5):
             (tmp_path / "a" / f"{i}.png").write_bytes(source if i < 4 else source[:-40])
         flags = ("--num-workers", workers, "--strict")
-        result = extract(tmp_path, vq_ckpt, tmp_path / "out", *flags, processes=processes)
-        assert_refused(result, "4.png cannot be read as an image", "leave out --strict")
+        if processes == 2:
+            result = extract(tmp_path, vq_ckpt, tmp_path / "out", *flags, processes=processes)
+            assert_refused(result, "4.png cannot be read as an image", "leave out --strict")
+        else:
+            with pytest.raises(ValueError, match=r"4\.png cannot be read as an image .*leave out --strict"):
+                in_process(tmp_path, vq_ckpt, tmp_path / "out", *flags)
 
-    def test_a_lost_shard_is_restored_by_the_same_command(self, images, vq_ckpt, tmp_path, here):
-        here(images, vq_ckpt, tmp_path)
+    def test_a_lost_shard_is_restored_by_the_same_command(self, images, vq_ckpt, tmp_path, in_process):
+        in_process(images, vq_ckpt, tmp_path)
         whole = contents(tmp_path)
         (tmp_path / "toy16_codes" / "00001.npy").unlink()
-        here(images, vq_ckpt, tmp_path)
+        in_process(images, vq_ckpt, tmp_path)
         assert contents(tmp_path) == whole
 
-    def test_codes_of_other_settings_are_not_mixed(self, images, vq_ckpt, tmp_path, here):
-        here(images, vq_ckpt, tmp_path)
-        with pytest.raises(InputError, match=r"codes of other settings .*views 2, now 1"):
-            here(images, vq_ckpt, tmp_path, "--no-flip")
+    def test_codes_of_other_settings_are_not_mixed(self, images, vq_ckpt, tmp_path, in_process):
+        in_process(images, vq_ckpt, tmp_path)
+        for flags, message in (
+            (("--no-flip",), "views 2, now 1"),
+            (("--background", "black"), "background white, now black"),
+            (("--exif-orientation",), "exif_orientation False, now True"),
+        ):
+            with pytest.raises(InputError, match=f"codes of other settings .*{message}"):
+                in_process(images, vq_ckpt, tmp_path, *flags)
         assert json.loads((tmp_path / "toy16.json").read_text())["views"] == 2
+
+    def test_two_extractions_at_once(self, images, vq_ckpt, tmp_path, in_process):
+        with (
+            file_lock(tmp_path / "toy16.json"),
+            pytest.raises(InputError, match=r"toy16\.json is in use by process \d+ on .*another --code-path"),
+        ):
+            in_process(images, vq_ckpt, tmp_path)
+        in_process(images, vq_ckpt, tmp_path)
+
+    def test_machines_without_a_shared_folder_end_before_the_work(
+        self, images, vq_ckpt, tmp_path, in_process, monkeypatch
+    ):
+        def refuse(world, folder):
+            raise InputError(f"{folder} is another folder for 1 of 2 processes")
+
+        monkeypatch.setattr(World, "check_shared", refuse)
+        with pytest.raises(InputError, match="out is another folder"):
+            in_process(images, vq_ckpt, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_tf32_is_recorded(monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    kinds = [convolution_precision(precision, device) for precision in ("fp32", "bf16") for device in (gpu, cpu)]
+    assert kinds == ["tf32", "fp32", "bf16", "bf16"]

@@ -5,8 +5,7 @@ but the settings. Shapes: N images, V views, L codes a view, c the side of a cen
 """
 
 import os
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,13 +15,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from dataset.codes import Manifest, Writer
-from dataset.images import ImageFolder, Unreadable, are_large, center_crops, cut_views, decode
+from dataset.images import CropRequest, ImageFolder, cut_views, read_crops
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
-from utils.cli import InputError
-from utils.distributed import World, autocast
+from utils.distributed import World, autocast, cores
 from utils.log import progress
 from utils.pixels import to_float
 
@@ -36,6 +33,20 @@ def fitting_batch(config: VQConfig, image_size: int, device: torch.device) -> in
     room = torch.cuda.get_device_properties(device).total_memory // 2 if device.type == "cuda" else CPU_BYTES
     view = 4 * config.ch * (image_size // config.fold) ** 2 * FULL_MAPS
     return 1 << (min(MOST_VIEWS, max(1, room // view)).bit_length() - 1)
+
+
+def default_workers(device: torch.device) -> int:
+    """Reading processes of this process: all cores but one on a GPU's machine, none on a CPU."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return max(1, cores() // local - 1) if device.type == "cuda" else 0
+
+
+def convolution_precision(precision: str, device: torch.device) -> str:
+    """What convolutions compute in: `tf32` at precision fp32 on GPUs that have it, as the published codes were made."""
+    tf32 = (
+        device.type == "cuda" and torch.backends.cudnn.allow_tf32 and torch.cuda.get_device_capability(device)[0] >= 8
+    )
+    return "tf32" if precision == "fp32" and tf32 else precision
 
 
 def crop_side(manifest: Manifest) -> int:
@@ -52,13 +63,14 @@ class Chunk(NamedTuple):
     last: bool  # of its shard
 
 
-def missing_shards(writers: list[Writer], here: World) -> dict[int, tuple[int, ...]]:
-    """The shards that are not there: which writers lack each. Every process checks a part of them and hears of all."""
-    shards = range(writers[0].manifest.shards)[here.share(writers[0].manifest.shards)]
+def missing_shards(writers: list[Writer], world: World) -> dict[int, tuple[int, ...]]:
+    """The shards that are missing: which writers lack each. Every process checks a part and learns the result of all."""
+    shards = writers[0].manifest.own_shards
+    shards = shards[world.share(len(shards))]
     lacking = {s: tuple(i for i, writer in enumerate(writers) if not writer.has(s)) for s in shards}
     parts = [lacking]
-    if here.size > 1:
-        parts = [None] * here.size
+    if world.size > 1:
+        parts = [None] * world.size
         dist.all_gather_object(parts, lacking)
     return {shard: lack for part in parts for shard, lack in part.items() if lack}
 
@@ -73,72 +85,6 @@ def chunks_of(shards: dict[int, tuple[int, ...]], writers: list[Writer], batch_s
             images = range(start, min(start + step, rows.stop))
             chunks.append(Chunk(shard, images, wanted, images.stop == rows.stop))
     return chunks
-
-
-class Crops(Dataset):
-    """Chunk k -> k; crops (N, c, c, 3) uint8 for each of its writers; and what to record of the images that have none.
-
-    Each file is read and decoded once, for all crop ranges; by `threads` where files are large.
-    """
-
-    def __init__(
-        self, folder: ImageFolder, chunks: list[Chunk], sides: list[int], strict: bool = False, threads: int = 1
-    ) -> None:
-        self.folder, self.chunks, self.sides, self.strict = folder, chunks, sides, strict
-        self.threads = threads if are_large(folder.paths) else 1
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, item: int) -> tuple[int, list[Tensor], list[dict[str, Any]]]:
-        chunk = self.chunks[item]
-        sides = [self.sides[i] for i in chunk.writers]
-        found = list(self._map(partial(self.read, sides=sides), chunk.images))
-        crops = [image for image in found if isinstance(image, list)]
-        stacked = [
-            torch.from_numpy(
-                np.stack([image[k] for image in crops]) if crops else np.empty((0, side, side, 3), np.uint8)
-            )
-            for k, side in enumerate(sides)
-        ]
-        return item, stacked, [row for row in found if isinstance(row, dict)]
-
-    def _map(self, call: Callable, items: range) -> Iterator:
-        """map, by threads that are made at the first use: a process of its own makes its own."""
-        if self.threads == 1:
-            return map(call, items)
-        if "pool" not in vars(self):
-            self.pool = ThreadPoolExecutor(self.threads)
-        return self.pool.map(call, items)
-
-    def read(self, i: int, sides: list[int]) -> list[np.ndarray] | dict[str, Any]:
-        """The crops of image i, or what to record of it. Raises InputError for one that is unreadable, where strict."""
-        try:
-            return center_crops(decode(self.folder.paths[i]), sides)
-        except Unreadable as error:
-            if self.strict:
-                raise InputError(
-                    f"{self.folder.paths[i]} cannot be read as an image ({error}): "
-                    "replace it, or leave out --strict to skip it and go on"
-                ) from None
-            return {"image": i, "path": self.folder.names[i], "reason": str(error)}
-
-
-def quiet_pillow(*_: object) -> None:
-    """No warnings of odd metadata or large images, of which a large folder has thousands. (Also for a worker.)"""
-    warnings.filterwarnings("ignore", module="PIL")
-
-
-def as_it_is(item: tuple) -> tuple:
-    return item
-
-
-def reads(crops: Crops, workers: int, device: torch.device) -> DataLoader:
-    """Chunks in their order, read ahead by so many processes; by this one's threads, between encodings, for none."""
-    return DataLoader(
-        crops, batch_size=None, num_workers=workers, worker_init_fn=quiet_pillow, collate_fn=as_it_is,
-        pin_memory=device.type == "cuda",
-    )  # fmt: skip
 
 
 class Encoder:
@@ -170,14 +116,14 @@ class Encoder:
 
 @dataclass
 class Shard:
-    """What there is of a shard so far."""
+    """The codes and skipped images of a shard so far."""
 
     codes: list[Tensor] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Behind:
-    """Does one thing at a time in another thread; the next one waits for it, and hears of its error."""
+class BackgroundWriter:
+    """Runs one call at a time in another thread; the next submit() waits for it, and raises its error."""
 
     def __init__(self) -> None:
         self._pool, self._last = ThreadPoolExecutor(1), Future()
@@ -187,7 +133,7 @@ class Behind:
         self._last.result()
         self._last = self._pool.submit(call)
 
-    def __enter__(self) -> "Behind":
+    def __enter__(self) -> "BackgroundWriter":
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
@@ -214,31 +160,25 @@ def hand_over(writers: list[Writer], chunk: Chunk, shard: Shard, labels: np.ndar
 
 
 def extract(
-    folder: ImageFolder,
-    chunks: list[Chunk],
-    writers: list[Writer],
-    encoder: Encoder,
-    *,
-    workers: int,
-    strict: bool,
-    show: bool,
+    folder: ImageFolder, chunks: list[Chunk], writers: list[Writer], encoder: Encoder, *, workers: int, show: bool
 ) -> None:
     """Write the shards that the chunks make up, in order, while the next ones are read and encoded.
 
-    Raises InputError for an image that is unreadable where strict, and for a file that cannot be written.
+    Raises InputError for an image that is unreadable where the folder is strict, and for a file that cannot be written.
     """
     m = writers[0].manifest
-    threads = 1 if workers else min(os.cpu_count() or 1, torch.get_num_threads())
-    crops = Crops(folder, chunks, [crop_side(writer.manifest) for writer in writers], strict, threads)
+    sides = [crop_side(writer.manifest) for writer in writers]
+    requests = [CropRequest(chunk.images, tuple(sides[i] for i in chunk.writers)) for chunk in chunks]
+    batches = read_crops(folder, requests, workers=workers, threads=min(cores(), torch.get_num_threads()))
     shard = Shard()
     total = sum(len(chunk.images) for chunk in chunks)
-    with Behind() as behind, progress(total=total, unit=" images", desc="codes", show=show) as bar:
-        for item, pixels, skipped in reads(crops, workers, encoder.device):
-            chunk = chunks[item]
-            shard.skipped += skipped
-            if len(pixels[0]):
-                shard.codes.append(encoder.codes(pixels, m.image_size, m.view_mode))
+    with BackgroundWriter() as writer, progress(total=total, unit=" images", desc="codes", show=show) as bar:
+        for chunk, batch in zip(chunks, batches, strict=True):
+            shard.skipped += batch.skipped
+            if len(batch.images):
+                crops = [torch.from_numpy(crops) for crops in batch.crops]
+                shard.codes.append(encoder.codes(crops, m.image_size, m.view_mode))
             bar.update(len(chunk.images))
             if chunk.last:
-                behind.submit(partial(hand_over, writers, chunk, shard, folder.labels))
+                writer.submit(partial(hand_over, writers, chunk, shard, folder.labels))
                 shard = Shard()

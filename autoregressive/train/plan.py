@@ -1,11 +1,43 @@
-"""A run's plan: its stages in steps, the learning rate of each step, what it costs, as a table and as a picture."""
+"""A run's plan: its levels in steps, the learning rate of each step, what it costs, as a table and as a picture.
+
+    python -m autoregressive.train.plan --gpt-model GPT-XXL --gpus 32 --gpu h100
+
+says before a run what each GPU would hold, what to set so that it fits, and how long it would take. --all: of every model.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from autoregressive.train.schedule import Stage, learning_rate, relative_cost, stage_at
-from utils import draw
+from pydantic import model_validator
+from typing_extensions import Self
+
+from autoregressive.models.gpt import PRESETS, GPTConfig, preset
+from autoregressive.models.patches import grid_side
+from autoregressive.train.memory import Memory, memory, meta_model, parameters
+from autoregressive.train.schedule import (
+    Level,
+    free_levels,
+    in_steps,
+    learning_rate,
+    level_at,
+    patch_levels,
+    relative_cost,
+)
+from utils import cli, draw
+from utils.cli import InputError
+from utils.settings import (
+    Fraction,
+    ImageSize,
+    NonNegative,
+    Positive,
+    PositiveFraction,
+    PositiveInt,
+    Settings,
+    one_of,
+    setting,
+)
 
 
 def whole_number(n: int) -> str:
@@ -15,9 +47,9 @@ def whole_number(n: int) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages in steps; the rate is `lr` throughout, or warms up and decays in each stage where `scheduler` is set."""
+    """Levels in steps; the rate is `lr` throughout, or warms up and decays in each level where `scheduler` is set."""
 
-    stages: Sequence[Stage]
+    levels: Sequence[Level]
     steps_per_epoch: int
     lr: float
     scheduler: bool = False
@@ -27,69 +59,288 @@ class Plan:
 
     @property
     def total(self) -> int:
-        return self.stages[-1].stop
+        return self.levels[-1].stop
 
-    def stage(self, step: int) -> Stage:
-        """The stage of update `step`."""
-        return stage_at(self.stages, step)
+    def level(self, step: int) -> Level:
+        """The level of update `step`."""
+        return level_at(self.levels, step)
 
     def rate(self, step: int) -> float:
         """The learning rate of update `step`."""
         if not self.scheduler:
             return self.lr
         return learning_rate(
-            step, self.stages, lr=self.lr, end_lr=self.end_lr,
+            step, self.levels, lr=self.lr, end_lr=self.end_lr,
             warmup=self.warmup_epochs * self.steps_per_epoch, decay_ratio=self.decay_ratio,
         )  # fmt: skip
 
     def remaining(self, step: int, cost: Callable[[int], float]) -> float:
         """The cost of the updates from `step` on, where cost(patch) is that of one."""
-        return sum(max(0, s.stop - max(s.start, step)) * cost(s.patch) for s in self.stages)
+        return sum(max(0, s.stop - max(s.start, step)) * cost(s.patch) for s in self.levels)
 
     def table(self, batch: int, tokens: int, flops: Callable[[int], float]) -> str:
-        """A row a stage: steps, positions, FLOPs and learning rates, for `batch` images of `tokens` codes a step.
+        """A row a level: steps, positions, FLOPs and learning rates, for `batch` images of `tokens` codes a step.
 
         flops: the FLOPs of training on one image at a patch side.
         """
         rows = [("patch", "epochs", "steps", "positions", "FLOPs", "of the cost", "lr: first, middle, last")]
         whole = self.remaining(0, flops)
-        for stage in self.stages:
-            steps = stage.stop - stage.start
-            shown = (stage.start, (stage.start + stage.stop - 1) // 2, stage.stop - 1)
+        for level in self.levels:
+            steps = level.stop - level.start
+            shown = (level.start, (level.start + level.stop - 1) // 2, level.stop - 1)
             rows.append((
-                f"{stage.patch}x{stage.patch}",
-                f"{stage.start / self.steps_per_epoch:g}-{stage.stop / self.steps_per_epoch:g}",
+                f"{level.patch}x{level.patch}",
+                f"{level.start / self.steps_per_epoch:g}-{level.stop / self.steps_per_epoch:g}",
                 f"{steps}",
-                whole_number(steps * batch * tokens // stage.patch**2),
-                f"{steps * batch * flops(stage.patch):.3g}",
-                f"{steps * flops(stage.patch) / whole:.1%}",
+                whole_number(steps * batch * tokens // level.patch**2),
+                f"{steps * batch * flops(level.patch):.3g}",
+                f"{steps * flops(level.patch) / whole:.1%}",
                 ", ".join(f"{self.rate(step):.2e}" for step in shown),
             ))  # fmt: skip
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        positions = relative_cost(self.stages)
+        positions = relative_cost(self.levels)
         share = whole / (self.total * flops(1))
         lines.append(
             f"cost relative to next-token training of the same epochs: {positions:.3f} (positions), {share:.3f} (FLOPs)"
         )
-        if self.stages[-1].patch != 1:
-            lines.append("note: the last stage is not on single codes, and sampling draws single codes")
+        if self.levels[-1].patch != 1:
+            lines.append("note: the last level is not on single codes, and sampling draws single codes")
         return "\n".join(lines)
 
     def draw(self, path: str | Path, title: str) -> None:
-        """A picture of the learning rate over the epochs, with the stages' boundaries."""
+        """A picture of the learning rate over the epochs, with the levels' boundaries."""
         points = 1000
         steps = sorted(
             {round(i * (self.total - 1) / points) for i in range(points + 1)}
-            | {step for s in self.stages for step in (s.start, s.stop - 1)}
+            | {step for s in self.levels for step in (s.start, s.stop - 1)}
         )
         draw.curves(
             path,
             {"learning rate": ([s / self.steps_per_epoch for s in steps], [self.rate(s) for s in steps])},
             x_label="epoch", y_label="learning rate", boundaries=self.boundaries(),
-            title=f"{title}: {relative_cost(self.stages):.3f} of the positions of next-token training",
+            title=f"{title}: {relative_cost(self.levels):.3f} of the positions of next-token training",
         )  # fmt: skip
 
     def boundaries(self) -> dict[float, str]:
-        """Where each stage begins, in epochs, and its name."""
-        return {s.start / self.steps_per_epoch: f"{s.patch}x{s.patch}" for s in self.stages}
+        """Where each level begins, in epochs, and its name."""
+        return {s.start / self.steps_per_epoch: f"{s.patch}x{s.patch}" for s in self.levels}
+
+
+class ScheduleSettings(Settings):
+    """Which patch side when, and how the learning rate follows."""
+
+    patch_level: PositiveInt | None = setting(
+        None, "levels: patch sides 2**(n-1) .. 1; 1 is next-token; 2 if not given"
+    )
+    epoch_rate: PositiveFraction | None = setting(None, "levels end at epochs * rate**i; 0.5 if not given")
+    epochs: PositiveInt | None = setting(None, "of the whole run; 300 if not given")
+    patch_sizes: list[PositiveInt] | None = setting(None, "any other schedule: the patch side of each level, and")
+    patch_epochs: list[Positive] | None = setting(None, "how many epochs each one lasts, or")
+    patch_steps: list[PositiveInt] | None = setting(None, "how many steps")
+    scheduler: bool = setting(False, "warm-up and decay in each level; constant --lr without it")
+    warmup_epochs: NonNegative = setting(1.0)
+    decay_ratio: Fraction = setting(0.2, "last part of each level over which the rate decays")
+    end_lr: NonNegative = setting(1e-5)
+
+    @model_validator(mode="after")
+    def _one_schedule(self) -> Self:
+        if self.patch_sizes is None:
+            if self.patch_epochs or self.patch_steps:
+                raise ValueError(
+                    "--patch-epochs and --patch-steps say how long each of --patch-sizes lasts: give those too"
+                )
+        elif self.patch_level or self.epoch_rate or self.epochs:
+            raise ValueError(
+                "--patch-sizes makes a schedule of its own: leave out --patch-level, --epoch-rate and --epochs"
+            )
+        elif bool(self.patch_epochs) == bool(self.patch_steps):
+            raise ValueError("--patch-sizes needs either --patch-epochs or --patch-steps: how long each level lasts")
+        return self
+
+    def plan(self, lr: float, steps_per_epoch: int, tokens: int) -> Plan:
+        """The levels in steps. Raises InputError for one without a step, or whose side does not divide the grid of codes."""
+        try:
+            if self.patch_sizes is None:
+                levels = patch_levels(self.epochs or 300, self.patch_level or 2, self.epoch_rate or 0.5)
+                levels = in_steps(levels, steps_per_epoch)
+            elif self.patch_epochs:
+                levels = in_steps(free_levels(self.patch_sizes, self.patch_epochs), steps_per_epoch)
+            else:
+                levels = free_levels(self.patch_sizes, self.patch_steps)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        side = grid_side(tokens)
+        for level in levels:
+            if side % level.patch:
+                raise InputError(
+                    f"the schedule has patches of side {level.patch}, which does not divide the grid of {side}x{side} codes"
+                )
+        return Plan(levels, steps_per_epoch, lr, self.scheduler, self.end_lr, self.warmup_epochs, self.decay_ratio)
+
+
+GPUS = {  # GB and dense bf16 FLOP/s of the data sheets
+    "a100-40": (40, 312e12),
+    "a100": (80, 312e12),
+    "h100": (80, 989e12),
+    "h200": (141, 989e12),
+    "b200": (180, 2250e12),
+    "l40s": (48, 362e12),
+    "rtx4090": (24, 165e12),
+}
+USABLE = 0.9  # of a GPU's memory; the rest is CUDA's, NCCL's and what lies idle between tensors
+EFFICIENT = 8  # images at once, below which recomputing comes before smaller parts
+PUBLISHED = (1, 2, 3)  # levels at rate 0.5 of 300 epochs
+
+
+class PlanSettings(ScheduleSettings):
+    """The settings of a projection; the defaults are the published ones."""
+
+    gpt_model: one_of(PRESETS) = setting("GPT-B")
+    all: bool = setting(False, "a table (Markdown) of every model instead of one in detail")
+    gpus: PositiveInt = setting(8)
+    gpu: one_of(GPUS) = setting("h100")
+    mfu: PositiveFraction = setting(0.4, "share of the data sheet's bf16 rate that training reaches")
+    images_per_s: Positive | None = setting(None, "or images/s that one GPU was measured at, of --gpt-model at 1x1")
+    images: PositiveInt = setting(1281167, "in the data set")
+    grid: ImageSize = setting(16, "codes a side of an image")
+    vocab_size: PositiveInt = setting(16384)
+    num_classes: PositiveInt = setting(1000)
+    global_batch_size: PositiveInt = setting(256, "images a step, over all GPUs")
+    lr: Positive = setting(1e-4)
+    ema: bool = setting(False, "with an average of the weights")
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        if self.global_batch_size % self.gpus or self.images < self.global_batch_size:
+            raise ValueError(
+                f"--global-batch-size {self.global_batch_size}: expected a multiple of the {self.gpus} GPUs, and at most the "
+                f"{self.images} images"
+            )
+        if self.all and self.images_per_s:
+            raise ValueError("--images-per-s is of one model, --all is of every one: give --mfu")
+        return self
+
+    def config(self, name: str) -> GPTConfig:
+        """A preset with this vocabulary, classes and grid, and the published dropout."""
+        return preset(
+            name, vocab_size=self.vocab_size, num_classes=self.num_classes, block_size=self.grid**2,
+            token_dropout_p=0.1, resid_dropout_p=0.1, ffn_dropout_p=0.1,
+        )  # fmt: skip
+
+    def plans(self) -> dict[str, Plan]:
+        """The schedule asked for, or the published ones."""
+        asked = self.patch_level or self.epoch_rate or self.patch_sizes
+        settings = [self] if asked else [self.model_copy(update={"patch_level": level}) for level in PUBLISHED]
+        plans = [one.plan(self.lr, self.images // self.global_batch_size, self.grid**2) for one in settings]
+        return {", ".join(f"{s.patch}x{s.patch}" for s in plan.levels): plan for plan in plans}
+
+    def flops(self, plan: Plan, config: GPTConfig) -> float:
+        """FLOPs of a whole run."""
+        return self.global_batch_size * plan.remaining(0, config.training_flops)
+
+    def hours(self, plan: Plan, config: GPTConfig) -> float:
+        """How long the run takes."""
+        rate = self.images_per_s * config.training_flops() if self.images_per_s else self.mfu * GPUS[self.gpu][1]
+        return self.flops(plan, config) / (self.gpus * rate) / 3600
+
+
+class Way(NamedTuple):
+    """A way to train: how many images a GPU takes at once, the most that fit (or 1), and what it then holds."""
+
+    data_parallel: str
+    recompute: bool
+    images: int
+    memory: Memory
+    fits: bool
+
+    def flags(self, images: int) -> str:
+        """What to give the trainer, where a GPU has so many images a step."""
+        parts = f" --gradient-accumulation-steps {images // self.images}" if images > self.images else ""
+        return f"--data-parallel {self.data_parallel}{parts}{' --activation-checkpointing' if self.recompute else ''}"
+
+
+def ways(s: PlanSettings, config: GPTConfig) -> list[Way]:
+    """ddp and fsdp, without and with recomputing, each with the largest part of a GPU's batch that fits."""
+    found = []
+    for recompute in (False, True):
+        for data_parallel in ("ddp", "fsdp") if s.gpus > 1 else ("ddp",):
+            images = s.global_batch_size // s.gpus
+            while True:
+                held = memory(
+                    config, images, data_parallel=data_parallel, gpus=s.gpus, recompute=recompute, ema=s.ema
+                )  # fmt: skip
+                fits = held.total <= USABLE * GPUS[s.gpu][0] * 1e9
+                if fits or images == 1:
+                    break
+                images = max(part for part in range(1, images // 2 + 1) if images % part == 0)
+            found.append(Way(data_parallel, recompute, images, held, fits))
+    return found
+
+
+def best(found: Sequence[Way], images: int) -> Way | None:
+    """The cheapest way that fits: ddp before fsdp, recomputing where too few images fit without; None if none does."""
+    fitting = [way for way in found if way.fits]
+    return next((way for way in fitting if way.images >= min(images, EFFICIENT)), next(iter(fitting), None))
+
+
+def detail(s: PlanSettings) -> str:
+    """What is known of one model."""
+    config, images = s.config(s.gpt_model), s.global_batch_size // s.gpus
+    found = ways(s, config)
+    chosen = best(found, images)
+    lines = [
+        f"{s.gpt_model}: {parameters(meta_model(config)) / 1e6:,.1f}M parameters, {config.training_flops():.3g} FLOPs an image "
+        f"at 1x1; {s.gpus} {s.gpu} of {GPUS[s.gpu][0]} GB, {images} images each a step; GB a GPU:"
+    ]
+    names = [*Memory._fields, "total"]
+    lines.append("".join(name.rjust(13) for name in ["", "recompute", "at once", *names, "fits"]))
+    for way in found:
+        cells = [way.data_parallel, "yes" if way.recompute else "no", str(way.images)]
+        cells += [f"{value / 1e9:.2f}" for value in (*way.memory, way.memory.total)]
+        lines.append("".join(cell.rjust(13) for cell in [*cells, "yes" if way.fits else "no"]))
+    advice = "train by: " + chosen.flags(images) if chosen else "it does not fit: take more GPUs, or larger ones"
+    lines.append(advice + (" --ema" if chosen and s.ema else ""))
+    rate = (
+        f"{s.images_per_s:g} images/s a GPU at 1x1" if s.images_per_s else f"{s.mfu:.0%} of {GPUS[s.gpu][1]:.3g} FLOP/s"
+    )
+    plans = s.plans()
+    for name, plan in plans.items():
+        hours, epochs = s.hours(plan, config), plan.total / plan.steps_per_epoch
+        lines.append(f"{name}: {epochs:g} epochs, {s.flops(plan, config):.3g} FLOPs, {hours:,.1f} hours at {rate}")
+    if len(plans) == 1:
+        lines.append(plan.table(s.global_batch_size, s.grid**2, config.training_flops))
+    return "\n".join(lines)
+
+
+def overview(s: PlanSettings) -> str:
+    """A Markdown table of every model."""
+    plans = s.plans()
+    rows = [
+        ["model", "parameters", "GFLOPs an image", "ddp, GB", "fsdp, GB", "train by", *(f"hours, {n}" for n in plans)]
+    ]
+    rows.append(["---"] * len(rows[0]))
+    images = s.global_batch_size // s.gpus
+    for name in PRESETS:
+        config = s.config(name)
+        found = ways(s, config)
+        chosen = best(found, images)
+        whole = [
+            memory(config, images, data_parallel=way, gpus=s.gpus, ema=s.ema).total / 1e9 for way in ("ddp", "fsdp")
+        ]
+        rows.append([
+            f"`{name}`", f"{parameters(meta_model(config)) / 1e6:,.0f}M", f"{config.training_flops() / 1e9:,.0f}",
+            *(f"{value:.1f}" for value in whole),
+            f"`{chosen.flags(images)}`" if chosen else "does not fit",
+            *(f"{s.hours(plan, config):,.1f}" for plan in plans.values()),
+        ])  # fmt: skip
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    settings = PlanSettings.from_command_line("What a training of a GPT takes: memory a GPU and hours.", arguments)
+    print(overview(settings) if settings.all else detail(settings))
+
+
+if __name__ == "__main__":
+    cli.run(main)

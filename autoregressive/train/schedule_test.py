@@ -6,20 +6,20 @@ from pathlib import Path
 import pytest
 
 from autoregressive.train.schedule import (
-    Stage,
-    free_stages,
+    Level,
+    free_levels,
     in_steps,
     learning_rate,
-    patch_stages,
+    level_at,
+    patch_levels,
     relative_cost,
-    stage_at,
 )
 
 CASES = json.loads((Path(__file__).parent / "testdata" / "schedule.json").read_text())
 
 
-def plan(args: dict) -> list[Stage]:
-    return patch_stages(args["epochs"], args["patch_level"], args["epoch_rate"])
+def plan(args: dict) -> list[Level]:
+    return patch_levels(args["epochs"], args["patch_level"], args["epoch_rate"])
 
 
 def rate(step: int, args: dict) -> float:
@@ -36,16 +36,16 @@ def rate(step: int, args: dict) -> float:
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(v) for v in c["args"].values()))
 class TestPublished:
     def test_segments(self, case):
-        stages = plan(case["args"])
+        levels = plan(case["args"])
         ends = case["epoch_range"]
         kept = [i for i, stop in enumerate(ends) if stop > (ends[i - 1] if i else 0)]
-        assert [s.stop for s in stages] == [ends[i] for i in kept]
-        assert [s.patch**2 for s in stages] == [case["patch_sizes"][i] for i in kept]
-        assert [s.start for s in stages] == [0, *(s.stop for s in stages[:-1])]
+        assert [s.stop for s in levels] == [ends[i] for i in kept]
+        assert [s.patch**2 for s in levels] == [case["patch_sizes"][i] for i in kept]
+        assert [s.start for s in levels] == [0, *(s.stop for s in levels[:-1])]
 
     def test_patch_at_every_epoch(self, case):
         expected = case["patch_size_at_epoch_start"]
-        assert [stage_at(plan(case["args"]), e).patch ** 2 for e in range(case["args"]["epochs"])] == expected[:-1]
+        assert [level_at(plan(case["args"]), e).patch ** 2 for e in range(case["args"]["epochs"])] == expected[:-1]
 
     def test_learning_rate(self, case):
         args = case["args"]
@@ -66,7 +66,7 @@ class TestPublished:
 
 
 def test_trap_boundaries_are_powers_of_the_rate_not_thirds():
-    assert patch_stages(300, 3, 0.5) == [Stage(4, 0, 75), Stage(2, 75, 150), Stage(1, 150, 300)]
+    assert patch_levels(300, 3, 0.5) == [Level(4, 0, 75), Level(2, 75, 150), Level(1, 150, 300)]
 
 
 @pytest.mark.parametrize(
@@ -74,27 +74,27 @@ def test_trap_boundaries_are_powers_of_the_rate_not_thirds():
     [(2, 0.5, 0.625), (3, 0.5, 0.578), (4, 0.5, 0.572), (2, 0.67, 0.498), (4, 0.67, 0.400)],
 )
 def test_relative_cost_of_the_papers_schedules(level, epoch_rate, cost):
-    assert relative_cost(patch_stages(300, level, epoch_rate)) == pytest.approx(cost, abs=6e-4)
+    assert relative_cost(patch_levels(300, level, epoch_rate)) == pytest.approx(cost, abs=6e-4)
 
 
-@pytest.mark.parametrize("wrong", [(0, 1, 0.5), (10, 0, 0.5), (10, 2, 0.0), (10, 2, 1.5)])
+@pytest.mark.parametrize("wrong", [(0, 1, 0.5), (10, 0, 0.5), (10, 2**31 - 1, 0.5), (10, 2, 0.0), (10, 2, 1.5)])
 def test_refusals(wrong):
     with pytest.raises(ValueError, match="expected epochs >= 1"):
-        patch_stages(*wrong)
+        patch_levels(*wrong)
 
 
-def test_free_stages_are_the_published_ones_where_they_say_the_same():
-    assert free_stages([4, 2, 1], [75, 75, 150]) == patch_stages(300, 3, 0.5)
-    assert free_stages([8, 1], [0.5, 2]) == [Stage(8, 0, 0.5), Stage(1, 0.5, 2.5)]
+def test_free_levels_are_the_published_ones_where_they_say_the_same():
+    assert free_levels([4, 2, 1], [75, 75, 150]) == patch_levels(300, 3, 0.5)
+    assert free_levels([8, 1], [0.5, 2]) == [Level(8, 0, 0.5), Level(1, 0.5, 2.5)]
 
 
 def test_stages_in_steps():
-    assert in_steps([Stage(2, 0, 0.5), Stage(1, 0.5, 2)], 11) == [Stage(2, 0, 6), Stage(1, 6, 22)]
+    assert in_steps([Level(2, 0, 0.5), Level(1, 0.5, 2)], 11) == [Level(2, 0, 6), Level(1, 6, 22)]
     with pytest.raises(ValueError, match=r"0\.01 epochs of 11 steps on patches of side 2 are no step"):
-        in_steps([Stage(2, 0, 0.01), Stage(1, 0.01, 1)], 11)
+        in_steps([Level(2, 0, 0.01), Level(1, 0.01, 1)], 11)
 
 
-@pytest.mark.parametrize("wrong", [([2, 1], [3]), ([], []), ([2, 1], [1, 0]), ([0, 1], [1, 1])])
-def test_free_stages_refuse(wrong):
-    with pytest.raises(ValueError, match="expected a length above 0 for each patch side"):
-        free_stages(*wrong)
+@pytest.mark.parametrize("wrong", [([2, 1], [3]), ([], []), ([2, 1], [1, 0]), ([0, 1], [1, 1]), ([2, 1], [1, 1e308])])
+def test_free_levels_refuse(wrong):
+    with pytest.raises(ValueError, match="expected a length above 0 and at most 2147483648 for each patch side"):
+        free_levels(*wrong)

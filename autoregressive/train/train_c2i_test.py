@@ -10,12 +10,14 @@ import torch
 from PIL import Image
 
 from autoregressive.models.gpt import GPTConfig, Transformer
+from autoregressive.train import train_c2i
+from autoregressive.train.gpt_task import Data
 from autoregressive.train.toy import SCRIPT, flags, rows, write_codes
-from autoregressive.train.trainer import Data
 from dataset.codes import Codes, toy
 from tokenizer.tokenizer_image.vq_model import VQModel
 from tokenizer.tokenizer_image.vq_model import preset as vq_preset
 from utils import checkpoint
+from utils.cli import InputError
 from utils.files import sha256
 from utils.log import read_metrics
 from utils.testing import assert_refused, run_script
@@ -95,22 +97,22 @@ def test_two_processes_give_the_losses_of_one(code_path, tmp_path):
 class TestSchedules:
     def test_any_schedule_in_steps(self, code_path, tmp_path):
         """Also one that changes level in the middle of an epoch and ends there."""
-        stages = ("--patch-sizes", "4", "1", "2", "--patch-steps", "3", "4", "9")
-        result = run_script(SCRIPT, *published(code_path, tmp_path), *stages)
+        levels = ("--patch-sizes", "4", "1", "2", "--patch-steps", "3", "4", "9")
+        result = run_script(SCRIPT, *published(code_path, tmp_path), *levels)
         assert result.returncode == 0, result.stderr
         folder = tmp_path / "000-GPT-XXS"
         assert rows(folder, "step")[-1] == 16
         found = {row["step"]: row["patch"] for row in read_metrics(folder) if "loss" in row}
         assert found == {step: 4 if step <= 3 else 1 if step <= 7 else 2 for step in range(1, 17)}
-        assert len(rows(folder, "val_loss")) == 5  # two epochs, and the ends of the stages
-        assert "note: the last stage is not on single codes" in result.stdout
+        assert len(rows(folder, "val_loss")) == 5  # two epochs, and the ends of the levels
+        assert "note: the last level is not on single codes" in result.stdout
         assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
             "0000003.pt", "0000007.pt", "0000016.pt",
         ]  # fmt: skip
 
-    def test_free_stages_give_the_losses_of_the_published_flags(self, finished, code_path, tmp_path):
-        stages = ("--patch-sizes", "2", "1", "--patch-epochs", "2", "2", "--ema")
-        assert run_script(SCRIPT, *published(code_path, tmp_path), *stages).returncode == 0
+    def test_free_levels_give_the_losses_of_the_published_flags(self, finished, code_path, tmp_path):
+        levels = ("--patch-sizes", "2", "1", "--patch-epochs", "2", "2", "--ema")
+        assert run_script(SCRIPT, *published(code_path, tmp_path), *levels).returncode == 0
         assert rows(tmp_path / "000-GPT-XXS", "loss") == rows(finished[0], "loss")
 
     def test_a_dry_run_prints_and_draws_the_plan_and_nothing_else(self, code_path, tmp_path):
@@ -124,7 +126,7 @@ class TestSchedules:
         assert [path.name for path in tmp_path.iterdir()] == ["plan.png"]
 
     @pytest.mark.parametrize(
-        ("stages", "parts"),
+        ("levels", "parts"),
         [
             (("--patch-sizes", "2", "1"), ("--patch-epochs or --patch-steps",)),
             (("--patch-sizes", "2", "1", "--patch-epochs", "3"), ("[3.0] for [2, 1]",)),
@@ -134,8 +136,8 @@ class TestSchedules:
             (("--patch-steps", "3"), ("--patch-sizes", "give those too")),
         ],
     )
-    def test_wrong_schedules(self, code_path, tmp_path, stages, parts):
-        assert_refused(run_script(SCRIPT, *published(code_path, tmp_path), *stages), *parts)
+    def test_wrong_schedules(self, code_path, tmp_path, levels, parts):
+        assert_refused(run_script(SCRIPT, *published(code_path, tmp_path), *levels), *parts)
         assert not list(tmp_path.iterdir())
 
 
@@ -206,11 +208,19 @@ def test_what_does_not_fit_the_model_is_refused_before_work(code_path, tmp_path)
     toy.write_codes(tmp_path / "bare", "per-image", images=48, codebook=64)
     (tmp_path / "bare" / "toy32.json").unlink()
     bare = ("--code-path", tmp_path / "bare", "--val-code-path", tmp_path / "bare")
-    assert_refused(train(code_path, tmp_path, *bare, "--vocab-size", "32"), "the codes go from 0 to 63", "is 32")
+    assert_refused(train(code_path, tmp_path, *bare, "--vocab-size", "32"), "has the code", "the vocabulary is 32")
     assert not list(tmp_path.glob("000*"))
     result = train(code_path, tmp_path, *bare, "--vocab-size", "64", "--num-classes", "3", "--epochs", "1")
     assert result.returncode == 0, result.stderr
-    assert "pack it once: python -m dataset.codes pack" in result.stdout
+    assert "is read from its packed copy" in result.stdout
+
+
+def test_codes_that_are_no_square_grid_are_refused_before_they_are_packed(tmp_path):
+    toy.write_codes(tmp_path / "codes", "per-image", images=48, tokens=32, codebook=64)
+    for schedule in (["--patch-level", "1"], ["--patch-level", "2"]):
+        with pytest.raises(InputError, match="has 32 codes an image; expected a square grid"):
+            train_c2i.main([*flags(tmp_path / "codes", tmp_path), *schedule])
+    assert sorted(path.name for path in (tmp_path / "codes").iterdir()) == ["toy32.json", "toy32_codes", "toy32_labels"]
 
 
 def test_drop_path_takes_the_place_of_dropout(code_path, tmp_path):

@@ -3,4 +3,4 @@
 # Processes: NPROC_PER_NODE (default: the GPUs), NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
 set -euo pipefail
 source "$(dirname "$0")/../env.sh"
-exec "$PYTHON" utils/launch.py autoregressive/train/extract_codes_c2i.py "$@"
+exec "$PYTHON" "$ROOT/utils/launch.py" "$ROOT/autoregressive/train/extract_codes_c2i.py" "$@"
