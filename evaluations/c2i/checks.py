@@ -1,16 +1,16 @@
-"""What makes figures of these files wrong, or less than they seem: refused, or said."""
+"""Inputs that make figures wrong or misleading: refused, or named in a remark."""
 
-import json
 import re
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from evaluations.c2i.features import Extracted, Eye, one_colour
+from evaluations.c2i.features import Extracted, FeatureNetwork, one_colour
 from evaluations.c2i.manifold import NEIGHBOURS
 from evaluations.c2i.metrics import SPLIT
 from utils.cli import InputError
+from utils.records import Record
 from utils.samples import Samples
 
 PER_DIMENSION = 10  # images a feature dimension, below which a covariance is too rough to go unmentioned
@@ -38,15 +38,16 @@ def check_fit(file: Samples, reference: Samples, force: bool) -> list[str]:
         found += refuse_unless(
             force,
             f"{file.path} holds images of {height}x{width}, {reference.path} of {wanted_height}x{wanted_width}: "
-            "compare images of one size",
+            "compare images of one size"
+            + (" (python -m evaluations.c2i.reference FOLDER OUT.npz crops them)" if file.path.is_dir() else ""),
         )
-    first = next(file.batches(min(n, LOOKED_AT)))
+    first = next(file.batches(file.at_once(min(n, LOOKED_AT))))
     if one_colour(first).all():
         found += refuse_unless(force, f"the first {len(first)} images of {file.path} are of one colour each")
     return found
 
 
-def few_images(file: Samples, network: Eye, own_statistics: bool) -> list[str]:
+def few_images(file: Samples, network: FeatureNetwork, own_statistics: bool) -> list[str]:
     """Remarks on numbers of images that are too small for the network's features."""
     n, dimensions = len(file), network.dimensions
     enough = ENOUGH if network.spatial_dimensions else PER_DIMENSION * dimensions
@@ -63,11 +64,28 @@ def few_images(file: Samples, network: Eye, own_statistics: bool) -> list[str]:
     ]
 
 
+def statistics_only(reference: Samples, with_spatial: bool) -> list[str]:
+    """A remark on what cannot be measured against a reference without images."""
+    if len(reference):
+        return []
+    missing = "precision, recall and KID" if with_spatial else "sFID, precision, recall and KID"
+    return [
+        f"{reference.path} holds statistics and no images: {missing} cannot be measured; FID is right only if the statistics "
+        "are of this Inception's features, as ADM's are"
+    ]
+
+
+class SourceRecord(Record):
+    """What a reference's record says of where its images come from."""
+
+    data_path: str = ""
+
+
 def validation_reference(reference: Samples, own_statistics: bool) -> list[str]:
     """A remark if the reference seems to hold validation images, which rFID is measured against, FID of samples not."""
-    record, names = reference.path.with_suffix(".json"), [reference.path.stem]
-    with suppress(OSError, ValueError, KeyError, TypeError):  # a batch from elsewhere has no record
-        names += Path(json.loads(record.read_text())["data_path"]).parts[-2:]
+    names = [reference.path.stem]
+    with suppress(InputError):  # a batch from elsewhere has no record, or another one
+        names += Path(SourceRecord.read(reference.path.with_suffix(".json")).data_path).parts[-2:]
     by_name = any(VALIDATION.search(name.lower()) for name in names) and not any("train" in name for name in names)
     if not own_statistics and (by_name or _is_imagenet_validation(reference.labels)):
         return [

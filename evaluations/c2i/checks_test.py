@@ -1,4 +1,4 @@
-"""What is said of files whose figures would mislead."""
+"""Remarks on files whose figures would mislead."""
 
 import json
 
@@ -11,7 +11,9 @@ from utils import samples
 from utils.samples import Samples
 
 
-class Eye:
+class Sizes:
+    """As much of a network as is asked for."""
+
     def __init__(self, dimensions: int, spatial_dimensions: int) -> None:
         self.dimensions, self.spatial_dimensions = dimensions, spatial_dimensions
 
@@ -28,11 +30,11 @@ class File:
         return self.images
 
 
-INCEPTION, OWN = Eye(2048, 2023), Eye(96, 0)
+INCEPTION, OWN = Sizes(2048, 2023), Sizes(96, 0)
 
 
 @pytest.mark.parametrize(
-    ("images", "eye", "words"),
+    ("images", "network", "words"),
     [
         (10_000, INCEPTION, None),
         (9_999, INCEPTION, "x.npz holds 9999 images, fewer than 10,000: FID is biased upwards"),
@@ -43,10 +45,10 @@ INCEPTION, OWN = Eye(2048, 2023), Eye(96, 0)
         (96, OWN, "rank-deficient"),
     ],
 )
-def test_few_images(images, eye, words):
-    found = checks.few_images(File(images), eye, own_statistics=False)
+def test_few_images(images, network, words):
+    found = checks.few_images(File(images), network, own_statistics=False)
     assert (words is None and not found) or words in found[0]
-    assert not checks.few_images(File(images), eye, own_statistics=True)
+    assert not checks.few_images(File(images), network, own_statistics=True)
 
 
 def write(path, n=8, labels=None):

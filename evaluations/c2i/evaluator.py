@@ -2,41 +2,42 @@
 
     python3 evaluations/c2i/evaluator.py REFERENCE.npz SAMPLES.npz [MORE.npz ...]
 
-The network is the published Inception, in torch, downloaded on first use; --network NETWORK.pt2 measures in the features
-of one's own. The figures are printed, and left beside each samples file: the lines in SAMPLES.txt, everything in
-SAMPLES.metrics.json. README.md beside this file says what the figures mean and which may be compared.
+The network is the published Inception, in torch, downloaded on first use; --network NETWORK.pt2 measures in another
+network's features. The figures are printed, and left beside each samples file: the lines in SAMPLES.txt, everything in
+SAMPLES.metrics.json. docs/evaluation.md says what the figures mean and which may be compared.
 """
 
-import argparse
-import json
-import os
-import platform
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the modules of this clone, whatever else is installed
+
+import platform
 import time
-import zipfile
-from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-import scipy
 import torch
+from pydantic import AfterValidator, model_validator
+from typing_extensions import Self
 
 from evaluations.c2i import checks, metrics, reference_cache, report
 from evaluations.c2i.download import inception_path
-from evaluations.c2i.features import Extracted, Eye, Network, extract
-from evaluations.c2i.inception import BACKENDS, InceptionNetwork
+from evaluations.c2i.features import Extracted, FeatureNetwork, extract
+from evaluations.c2i.folder_samples import FolderSamples
+from evaluations.c2i.inception import BACKENDS, load_inception
 from evaluations.c2i.manifold import NEIGHBOURS, Manifold, precision_recall
 from evaluations.c2i.metrics import SPLIT, Moments
 from utils import cli
 from utils.cli import InputError
-from utils.distributed import world
-from utils.files import sha256
+from utils.distributed import join_world, world_size
+from utils.files import check_output, file_lock, sha256
 from utils.samples import Samples
+from utils.settings import PositiveInt, Settings, one_of, setting
 
 FORMAT = 2  # of metrics.json
 STATISTICS = {
@@ -45,34 +46,48 @@ STATISTICS = {
 }  # in a file, as ADM's reference batches have them
 
 
-def npz(text: str) -> Path:
-    """argparse type: the name of an .npz file, because the figures' files take theirs from it."""
-    path = Path(text)
-    if path.suffix != ".npz":
-        raise argparse.ArgumentTypeError(f"expected a file that ends in .npz, got {text}")
-    return path
+def _npz_or_folder(path: Path) -> Path:
+    if path.suffix != ".npz" and not path.is_dir():
+        raise ValueError(f"expected a file that ends in .npz, or a folder of images, got {path}")
+    return path if path.name not in ("", "..") else path.resolve()
 
 
-def parse() -> Namespace:
-    parser = cli.Parser(__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("reference", type=npz, help="what the samples are compared with: an .npz with arr_0 (uint8, NHWC); statistics in it "
-        "(mu, sigma, mu_s, sigma_s) serve FID and sFID, as published")  # fmt: skip
-    add("samples", type=npz, nargs="+", help="of the same form and size, labels in arr_1")
-    add("--network", type=Path, help="an exported network (.pt2) instead of Inception; train_classifier.sh makes one")
-    add("--inception", type=Path, help="classify_image_graph_def.pb; default: here, or downloaded once")
-    add("--backend", choices=BACKENDS, default="torch", help="what runs Inception; tensorflow runs the graph itself")
-    add("--batch-size", type=cli.positive_int, help="default: one that suits the network and the device")
-    add("--pr-images", type=cli.positive_int, default=50000,
-        help="at most so many of each file, evenly spaced, enter precision and recall")  # fmt: skip
-    add("--float16-distances", action="store_true",
-        help="precision and recall with the published evaluator's rounding, bit for bit, instead of exact ones")  # fmt: skip
-    add("--kid", action="store_true", help="also KID, over 100 subsets of 1,000 images")
-    add("--force", action="store_true", help="measure what is refused otherwise: other sizes, images of one colour")
-    args = parser.parse_args()
-    if args.network and (args.inception or args.backend != "torch"):
-        raise InputError("--network is another network than Inception: leave out --inception and --backend")
-    return args
+ImagesPath = Annotated[Path, AfterValidator(_npz_or_folder)]
+
+
+class EvaluatorSettings(Settings):
+    """The settings of the evaluator; see --help."""
+
+    reference: ImagesPath = setting(
+        help="what the samples are compared with: an .npz with arr_0 (uint8, NHWC), or a folder of images of one size; "
+        "statistics in an .npz (mu, sigma, mu_s, sigma_s) serve FID and sFID, as published",
+        positional=True,
+    )
+    samples: list[ImagesPath] = setting(help="of the same form and size, labels in arr_1", positional=True)
+    network: Path | None = setting(
+        None, "an exported network (.pt2) instead of Inception; train_classifier.sh makes one"
+    )
+    inception: Path | None = setting(None, "classify_image_graph_def.pb; default: here, or downloaded once")
+    backend: one_of(BACKENDS) = setting("torch", "what runs Inception; tensorflow runs the graph itself")
+    batch_size: PositiveInt | None = setting(None, "default: one that suits the network and the device")
+    pr_images: PositiveInt = setting(50000, "at most so many of each file, evenly spaced, enter precision and recall")
+    float16_distances: bool = setting(
+        False, "precision and recall with the published evaluator's rounding, bit for bit, instead of exact ones"
+    )
+    kid: bool = setting(False, "also KID, over 100 subsets of 1,000 images")
+    force: bool = setting(False, "measure what is refused otherwise: other sizes, images of one colour")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.network and (self.inception or self.backend != "torch"):
+            raise ValueError("--network is another network than Inception: leave out --inception and --backend")
+        if self.pr_images <= NEIGHBOURS:
+            raise ValueError(f"--pr-images: expected at least {NEIGHBOURS + 1}, got {self.pr_images}")
+        outputs = [report.output_paths(path)[0] for path in self.samples]
+        if len(set(outputs)) < len(outputs):
+            twice = next(path for path in outputs if outputs.count(path) > 1)
+            raise ValueError(f"two of the samples would leave their figures in {twice}: name each once")
+        return self
 
 
 @dataclass
@@ -98,26 +113,37 @@ class File:
         } | ({} if labels is None else {"labels": metrics.class_counts(labels)})  # fmt: skip
 
 
-def given_statistics(path: Path, network: Eye) -> dict[str, Moments]:
-    """Statistics of Inception's features that a file holds; none for another network. InputError for what they cannot be."""
+def given_statistics(samples: Samples, network: FeatureNetwork) -> dict[str, Moments]:
+    """Statistics of Inception's features that a file holds; none for another network. InputError for what they cannot be.
+
+    A file without images may hold mu and sigma only, as many projects leave them.
+    """
     if not network.spatial_dimensions:
+        if len(samples) == 0:
+            raise InputError(
+                f"{samples.path} holds statistics of Inception's features and no images: --network needs images"
+            )
         return {}
     sizes = {"pool": network.dimensions, "spatial": network.spatial_dimensions}
+    shapes = {STATISTICS[part][0]: (n,) for part, n in sizes.items()}
+    shapes |= {STATISTICS[part][1]: (n, n) for part, n in sizes.items()}
+    arrays = samples.statistics(shapes)
+    if "mu" not in arrays:
+        return {}
+    if len(samples) == 0 and not {"mu_s", "sigma_s"} & arrays.keys():
+        return {"pool": given_moments(samples, arrays, "pool")}
+    if missing := sorted(shapes.keys() - arrays.keys()):
+        raise InputError(
+            f"{samples.path} holds mu, but not all of sigma, mu_s and sigma_s (without {', '.join(missing)})"
+        )
+    return {part: given_moments(samples, arrays, part) for part in STATISTICS}
+
+
+def given_moments(samples: Samples, arrays: dict[str, np.ndarray], part: str) -> Moments:
     try:
-        with np.load(path) as file:
-            if "mu" not in file:
-                return {}
-            found = {part: Moments.given(*(file[key] for key in keys)) for part, keys in STATISTICS.items()}
-    except KeyError as error:
-        raise InputError(f"{path} holds mu, but not all of sigma, mu_s and sigma_s ({error})") from None
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} holds statistics that cannot be used: {error}") from None
-    for part, moments in found.items():
-        if moments.dimensions != sizes[part]:
-            raise InputError(
-                f"{path} holds {STATISTICS[part][0]} of {moments.dimensions} values, expected {sizes[part]}"
-            )
-    return found
+        return Moments.given(*(arrays[key] for key in STATISTICS[part]))
+    except ValueError as error:
+        raise InputError(f"{samples.path} holds statistics that cannot be used: {error}") from None
 
 
 @dataclass
@@ -126,42 +152,47 @@ class Inputs:
 
     reference: File
     samples: list[File]
-    network: Eye
+    network: FeatureNetwork
 
     @classmethod
-    def open(cls, args: Namespace, device: torch.device) -> "Inputs":
+    def open(cls, s: EvaluatorSettings, device: torch.device) -> "Inputs":
         """Raises InputError for whatever would stop the work later."""
-        reference, *files = (Samples(path) for path in (args.reference, *args.samples))
-        fits = [checks.check_fit(file, reference, args.force) for file in (reference, *files)]
-        for folder in {file.path.parent for file in files}:
-            if not os.access(folder, os.W_OK):
-                raise InputError(f"{folder} cannot be written to, but figures go beside their samples: copy them")
-        if args.pr_images <= NEIGHBOURS:
-            raise InputError(f"--pr-images: expected at least {NEIGHBOURS + 1}, got {args.pr_images}")
-        network = load_network(args, device)
-        for file in (reference, *files):
+        for path in s.samples:
+            for output in report.output_paths(path):
+                check_output(output)
+        reference, *_ = opened = [
+            FolderSamples(path) if path.is_dir() else Samples(path, statistics_will_do=i == 0)
+            for i, path in enumerate((s.reference, *s.samples))
+        ]
+        with_images = [file for file in opened if len(file)]
+        fits = {file: checks.check_fit(file, with_images[0], s.force) for file in with_images}
+        network = load_network(s, device)
+        for file in with_images:
             network.check_size(file)
-        opened = [File(file, given_statistics(file.path, network), fit)
-                  for file, fit in zip((reference, *files), fits, strict=True)]  # fmt: skip
-        for file in opened:
-            file.remarks += checks.few_images(file.images, network, bool(file.given))
-        opened[0].remarks += checks.validation_reference(reference, bool(opened[0].given))
-        return cls(opened[0], opened[1:], network)
+        parts = [File(file, given_statistics(file, network), fits.get(file, [])) for file in opened]
+        for part in parts:
+            part.remarks += [part.images.label_note] if part.images.label_note else []
+            part.remarks += checks.few_images(part.images, network, bool(part.given))
+        parts[0].remarks += checks.statistics_only(reference, "spatial" in parts[0].given)
+        parts[0].remarks += checks.validation_reference(reference, bool(parts[0].given))
+        return cls(parts[0], parts[1:], network)
 
 
-def load_network(args: Namespace, device: torch.device) -> Eye:
-    if args.network:
-        return Network.load(args.network, device)
-    return InceptionNetwork(inception_path(args.inception), device, args.backend)
+def load_network(s: EvaluatorSettings, device: torch.device) -> FeatureNetwork:
+    if s.network:
+        return FeatureNetwork.load(s.network, device)
+    return load_inception(inception_path(s.inception), device, s.backend)
 
 
 class Features:
     """A file in the network's features, and what is computed of it once."""
 
-    def __init__(self, file: File, extracted: Extracted, pool: Moments | None, args: Namespace, network: Eye) -> None:
+    def __init__(
+        self, file: File, extracted: Extracted, pool: Moments | None, s: EvaluatorSettings, network: FeatureNetwork
+    ) -> None:
         self.file, self.extracted, self.device = file, extracted, network.device
-        self.float16, self._pool = args.float16_distances, pool
-        n, m = len(extracted.features_ND), min(len(extracted.features_ND), args.pr_images)
+        self.float16, self._pool = s.float16_distances, pool
+        n, m = len(extracted.features_ND), min(len(extracted.features_ND), s.pr_images)
         spaced = np.arange(m) * n // m if m < n else slice(None)  # all of them are no copy
         self.spaced_MD = extracted.features_ND[spaced]  # for precision and recall
 
@@ -171,7 +202,7 @@ class Features:
 
     @property
     def spatial(self) -> Moments | None:
-        return self.file.given.get("spatial") or self.extracted.spatial
+        return self.file.given.get("spatial") or (self.extracted.spatial if len(self.file.images) else None)
 
     @cached_property
     def manifold(self) -> Manifold:
@@ -185,17 +216,20 @@ class Features:
         return metrics.class_accuracy(logits_NC, labels)
 
 
-def reference_features(inputs: Inputs, args: Namespace) -> Features:
+def reference_features(inputs: Inputs, s: EvaluatorSettings) -> Features:
     """The reference in the network's features: from the cache, or computed and put there."""
     file, network = inputs.reference, inputs.network
+    if len(file.images) == 0:
+        file.seconds["features"] = 0.0
+        return Features(file, extract(network, file.images, show=False), None, s, network)
     entry = reference_cache.entry_path(network, file.sha256)
     with timed(file.seconds, "features"):
         found = reference_cache.load(entry, network)
         if found is None:
-            extracted = extract(network, file.images, args.batch_size or network.batch_size, logits=False)
+            extracted = extract(network, file.images, s.batch_size or network.batch_size, logits=False)
             found = extracted, metrics.moments_of(extracted.features_ND, network.device)
             reference_cache.store(entry, *found)
-    return Features(file, *found, args, network)
+    return Features(file, *found, s, network)
 
 
 @contextmanager
@@ -218,9 +252,10 @@ def compare(reference: Features, samples: Features, kid: bool) -> dict[str, floa
     if reference.spatial and samples.spatial:
         with timed(seconds, "sfid"):
             found["sfid"] = metrics.frechet_distance(reference.spatial, samples.spatial)
-    with timed(seconds, "precision_recall"):
-        found["precision"], found["recall"] = precision_recall(reference.manifold, samples.manifold)
-    if kid:
+    if len(reference.file.images):
+        with timed(seconds, "precision_recall"):
+            found["precision"], found["recall"] = precision_recall(reference.manifold, samples.manifold)
+    if kid and len(reference.file.images):
         with timed(seconds, "kid"):
             features = reference.extracted.features_ND, samples.extracted.features_ND
             found["kid"], found["kid_deviation"] = metrics.kernel_distance(*features, device=samples.device)
@@ -228,7 +263,7 @@ def compare(reference: Features, samples: Features, kid: bool) -> dict[str, floa
     return found if accuracy is None else found | {"class_accuracy": accuracy}
 
 
-def settings_of(inputs: Inputs, file: File, args: Namespace) -> dict[str, Any]:
+def settings_of(inputs: Inputs, file: File, s: EvaluatorSettings) -> dict[str, Any]:
     """All that figures depend on, as plain data: where it is equal, they are."""
     network, reference = inputs.network, inputs.reference
     return {
@@ -237,47 +272,45 @@ def settings_of(inputs: Inputs, file: File, args: Namespace) -> dict[str, Any]:
             "name": network.name, "backend": network.backend, "file": network.path.name, "sha256": network.sha256,
             "dimensions": network.dimensions, "classes": network.classes,
         },
-        "reference": reference.about(min(len(reference.images), args.pr_images)),
-        "samples": file.about(min(len(file.images), args.pr_images)),
+        "reference": reference.about(min(len(reference.images), s.pr_images)),
+        "samples": file.about(min(len(file.images), s.pr_images)),
         "neighbours": NEIGHBOURS,
         "split": SPLIT,
-        "float16_distances": args.float16_distances,
-        "kid": args.kid,
+        "float16_distances": s.float16_distances,
+        "kid": s.kid,
     }  # fmt: skip
 
 
 def measured_before(path: Path, settings: dict[str, Any]) -> dict[str, float] | None:
-    """The figures that a file's record holds, if they were measured with these settings."""
+    """The figures that a file's record holds, if they were measured with these settings; None for a damaged one too."""
     try:
-        content = json.loads(path.with_suffix(".metrics.json").read_text())
-        figures = {key: float(value) for key, value in content["metrics"].items()}
-        return figures if {key: content.get(key) for key in settings} == settings else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        record = report.MetricsRecord.read(report.output_paths(path)[1])
+    except InputError:
         return None
+    old = record.plain()
+    return record.metrics if {key: old[key] for key in settings} == settings else None
 
 
 def measure(
-    inputs: Inputs, reference: Features, file: File, args: Namespace, settings: dict[str, Any]
+    inputs: Inputs, reference: Features, file: File, s: EvaluatorSettings, settings: dict[str, Any]
 ) -> dict[str, float]:
-    """Figures of a file; its record is written, and what there is to say about them is said."""
+    """Measure a file, write its record, and print figures and remarks."""
     network = inputs.network
     with timed(file.seconds, "features"):
-        extracted = extract(network, file.images, args.batch_size or network.batch_size)
-    figures = compare(reference, Features(file, extracted, None, args, network), args.kid)
+        extracted = extract(network, file.images, s.batch_size or network.batch_size)
+    figures = compare(reference, Features(file, extracted, None, s, network), s.kid)
     found = checks.same_images(file.images, extracted, reference.file.images, reference.extracted)
     found += checks.order_of_samples(file.images, figures)
     say(found)
-    content = {
-        "metrics": figures, **settings,
-        "device": str(network.device),
-        "versions": {
+    record = report.MetricsRecord(
+        metrics=figures, **settings, device=str(network.device),
+        versions={
             "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "scipy": scipy.__version__,
         },
-        "warnings": inputs.reference.remarks + file.remarks + found,
-        "seconds": {"reference_features": reference.file.seconds["features"], **file.seconds},
-    }  # fmt: skip
-    report.write(file.images.path, report.figure_lines(figures, network.name), content)
+        warnings=inputs.reference.remarks + file.remarks + found,
+        seconds={"reference_features": reference.file.seconds["features"], **file.seconds},
+    )  # fmt: skip
+    report.write(file.images.path, report.figure_lines(figures, network.name), record)
     return figures
 
 
@@ -287,18 +320,22 @@ def say(remarks: list[str]) -> None:
 
 
 def main() -> None:
-    args = parse()
-    with world() as here:
-        inputs = Inputs.open(args, here.device)
+    s = EvaluatorSettings.from_command_line(__doc__)
+    if world_size() > 1:
+        raise InputError("the evaluator is one process: start it without torchrun")
+    with join_world() as world, ExitStack() as locks:
+        inputs = Inputs.open(s, world.device)
         say([remark for file in (inputs.reference, *inputs.samples) for remark in file.remarks])
         reference, name, rows = None, inputs.network.name, []
         for file in inputs.samples:
-            path, settings = file.images.path, settings_of(inputs, file, args)
+            locks.enter_context(file_lock(report.output_paths(file.images.path)[1], "wait for it"))
+        for file in inputs.samples:
+            path, settings = file.images.path, settings_of(inputs, file, s)
             figures = measured_before(path, settings)
             print(f"{path}:{'' if figures is None else ' (measured before)'}", flush=True)
             if figures is None:
-                reference = reference or reference_features(inputs, args)
-                figures = measure(inputs, reference, file, args, settings)
+                reference = reference or reference_features(inputs, s)
+                figures = measure(inputs, reference, file, s, settings)
             print("\n".join(report.figure_lines(figures, name)), flush=True)
             rows.append((path, len(file.images), figures))
     if len(rows) > 1:

@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from dataset.images import load_image
-from evaluations.c2i import checks, evaluator, reference, train_classifier
+from evaluations.c2i import checks, evaluator
 from evaluations.c2i.classifier import Classifier, fused
-from evaluations.c2i.features import save_network
-from evaluations.c2i.inception import InceptionNetwork
-from evaluations.c2i.stand_in import write_stand_in
+from evaluations.c2i.inception import load_inception
+from evaluations.c2i.testdata.stand_in import write_stand_in
 from utils import cli, samples
-from utils.files import sha256
+from utils.files import file_lock, sha256
+from utils.networks import save_network
 from utils.samples import Samples
 from utils.testing import assert_refused, run_script
 
@@ -54,7 +54,7 @@ def made(tmp_path_factory):
     for command in (
         ["evaluations/c2i/reference.py", train, root / "ref.npz", "--image-size", 16, "--num-images", 120],
         ["evaluations/c2i/train_classifier.py", "--data-path", train, "--val-path", val, "--image-size", 16,
-         "--name", "colours", "--out", root / "net.pt2", "--epochs", 1, "--batch-size", 8],
+         "--name", "colours", "--out", root / "net.pt2", "--epochs", 1, "--global-batch-size", 8],
     ):  # fmt: skip
         result = run_script(*command)
         assert result.returncode == 0, result.stderr
@@ -78,62 +78,6 @@ def call(monkeypatch, capsys):
         return subprocess.CompletedProcess(arguments, status, said.out, said.err)
 
     return run
-
-
-class TestReference:
-    def test_evenly_spaced_centre_crops(self, made):
-        batch = Samples(made / "ref.npz")
-        assert batch.shape == (120, 16, 16, 3)
-        assert np.array_equal(batch.labels, np.arange(120) // 40)
-        paths = sorted((made / "train").rglob("*.png"))
-        expected = [np.array(Image.open(path))[2:18] for path in paths[::2]]
-        assert np.array_equal(np.concatenate(list(batch.batches(50))), expected)
-        record = json.loads((made / "ref.json").read_text())
-        assert (record["images"], record["of"], record["data_path"]) == (120, 240, str(made / "train"))
-
-    def test_what_is_there_is_left_alone(self, made, call):
-        before = (made / "ref.npz").stat().st_mtime_ns
-        given = (made / "train", made / "ref.npz", "--image-size", 16, "--num-images", 120)
-        assert "ref.npz is complete already" in call(reference, *given).stdout
-        other = "ref.npz holds 120 images of 16x16"
-        assert_refused(call(reference, *given[:-1], 60), other, "asked for are 60 of 16x16", "delete it")
-        assert_refused(call(reference, *given[:-3], 8, *given[-2:]), other, "asked for are 120 of 8x8")
-        write_images(made / "one" / "two", 40, 0)
-        assert_refused(call(reference, made / "one", *given[1:]), other, "with other labels")
-        assert (made / "ref.npz").stat().st_mtime_ns == before
-
-    def test_wrong_inputs(self, made, call, tmp_path):
-        given = (made / "val", tmp_path / "x.npz")
-        assert_refused(call(reference, *given, "--num-images", 61), "--num-images 61 is more than the 60 images in")
-        assert_refused(call(reference, tmp_path / "nowhere", *given[1:]), "there is no folder")
-        assert_refused(call(reference, made / "val", tmp_path / "x"), "expected a name that ends in .npz")
-        assert_refused(call(reference, *given, "--num-images", 0), "at least 1, got 0")
-        write_images(tmp_path / "images", 2, 0)
-        (tmp_path / "images" / "red" / "001.png").write_bytes(b"none")
-        assert_refused(call(reference, tmp_path / "images", *given[1:]), "red/001.png cannot be read as an image")
-        assert not given[1].exists()
-
-
-class TestTrainClassifier:
-    def test_what_it_leaves(self, made):
-        record = json.loads((made / "net.json").read_text())
-        assert record["val_accuracy"] > 0.95
-        assert record["classes"] == ["blue", "green", "red"]
-        assert record["sha256"] == sha256(made / "net.pt2")
-        assert record["settings"]["name"] == "colours"
-
-    def test_what_is_there_is_left_alone(self, made, call):
-        given = {"--data-path": made / "train", "--val-path": made / "val", "--image-size": 16, "--name": "colours",
-                 "--out": made / "net.pt2", "--epochs": 1, "--batch-size": 8}  # fmt: skip
-
-        def words(**changes):
-            return [word for pair in (given | {f"--{k}": v for k, v in changes.items()}).items() for word in pair]
-
-        assert "net.pt2 is complete already" in call(train_classifier, *words()).stdout
-        refused = call(train_classifier, *words(epochs=2, seed=1))
-        assert_refused(refused, "net.pt2 was trained with other settings (epochs 1, now 2; seed 0, now 1)")
-        assert_refused(call(train_classifier, *words(out=made / "net.pt")), "ends in .pt2, got")
-        assert_refused(call(train_classifier, *words(name="two words")), "--name: expected letters")
 
 
 class TestEvaluator:
@@ -210,6 +154,32 @@ class TestEvaluator:
         assert "class_accuracy" not in json.loads((tmp_path / "x.metrics.json").read_text())["metrics"]
         assert "Class accuracy" not in result.stdout
 
+    @pytest.mark.parametrize("labels", [None, np.eye(60), np.array(["a"] * 60)])
+    def test_labels_that_cannot_be_used_are_ignored(self, made, call, tmp_path, labels):
+        np.savez(tmp_path / "x.npz", next(Samples(made / "val.npz").batches(60)), labels)
+        result = call(evaluator, made / "ref.npz", tmp_path / "x.npz", "--network", made / "net.pt2")
+        assert result.returncode == 0, result.stderr
+        assert result.stderr.count(f"warning: the labels of {tmp_path / 'x.npz'} are ignored") == 1
+        content = json.loads((tmp_path / "x.metrics.json").read_text())
+        assert "class_accuracy" not in content["metrics"] and "are ignored" in content["warnings"][1]
+
+    def test_folders_of_images(self, made, call, tmp_path):
+        """Flat ones; the figures are those of an .npz of the same images."""
+        images, figures = next(Samples(made / "val.npz").batches(60)), []
+        for name in ("ref", "val.b"):
+            (tmp_path / name).mkdir()
+            for i, image in enumerate(images if name == "val.b" else images[::-1] // 2):
+                Image.fromarray(image).save(tmp_path / name / f"{i:03d}.png")
+        np.savez(tmp_path / "ref.npz", images[::-1] // 2)
+        np.savez(tmp_path / "val.b.npz", images)
+        for suffix in ("", ".npz"):
+            given = tmp_path / f"ref{suffix}", tmp_path / f"val.b{suffix}", "--network", made / "net.pt2"
+            assert call(evaluator, *given).returncode == 0
+            record = tmp_path / "val.b.metrics.json"
+            figures.append(json.loads(record.read_text())["metrics"])
+            record.unlink()
+        assert figures[0] == figures[1]
+
     def test_trap_samples_sorted_by_class(self, made, call, tmp_path, monkeypatch):
         """Splits in order see some of the classes only: said, with the figure of shuffled samples beside it."""
         for module in (evaluator, checks):
@@ -221,7 +191,8 @@ class TestEvaluator:
         assert found["inception_score"] < 1.2 and found["inception_score_shuffled"] > 2.3
         assert found["inception_score_one_split"] > 2.5
 
-    def test_what_is_measured_is_not_measured_again(self, made, call, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("damage", ["{", "[]", '{"metrics": {"fid": "x"}}'])
+    def test_what_is_measured_is_not_measured_again(self, made, call, tmp_path, monkeypatch, damage):
         """Unless something that it depends on has changed; the reference is measured once in any case."""
         seen = []
         extract = evaluator.extract
@@ -231,7 +202,7 @@ class TestEvaluator:
         given = (made / "ref.npz", tmp_path / "a.npz", tmp_path / "b.npz", "--network", made / "net.pt2")
         first = call(evaluator, *given)
         assert (first.returncode, seen) == (0, ["ref.npz", "a.npz", "b.npz"])
-        (tmp_path / "b.metrics.json").write_text("{")
+        (tmp_path / "b.metrics.json").write_text(damage)
         again = call(evaluator, *given)
         assert seen == ["ref.npz", "a.npz", "b.npz", "b.npz"]
         assert again.stdout == first.stdout.replace("a.npz:", "a.npz: (measured before)", 1)
@@ -292,7 +263,7 @@ class TestInception:
     def test_statistics_of_the_reference(self, graph, call, tmp_path):
         """They give FID and sFID, here those of the samples themselves; its images give precision and recall."""
         reference, samples = self.files(tmp_path)
-        pool, _, spatial = InceptionNetwork(graph)(np.load(samples)["arr_0"])
+        pool, _, spatial = load_inception(graph)(np.load(samples)["arr_0"])
         arrays = {"mu": pool.mean(0, np.float64), "sigma": np.cov(pool.T), "mu_s": spatial.mean(0, np.float64),
                   "sigma_s": np.cov(spatial.T)}  # fmt: skip
         self.files(tmp_path, **arrays)
@@ -303,21 +274,59 @@ class TestInception:
         assert content["reference"]["statistics"] == "given"
         assert result.stderr.count("no more than the 2048 features") == 1
 
+        figures = ("Inception Score", "FID", "sFID")  # and without images, as other projects leave them
+        for n, more in ((4, "precision, recall"), (2, "sFID, precision, recall")):
+            np.savez(reference, **dict(list(arrays.items())[:n]))
+            alone = call(evaluator, reference, samples, "--inception", graph)
+            assert f"ref.npz holds statistics and no images: {more} and KID cannot be measured" in alone.stderr
+            lines = (tmp_path / "a.txt").read_text().splitlines()
+            assert [line.partition(": ")[0] for line in lines] == list(figures[: 2 + n // 4])
+            assert lines[1] in result.stdout
+
         def refused(*parts, **changes):
             (tmp_path / "a.metrics.json").unlink(missing_ok=True)
             self.files(tmp_path, **{k: v for k, v in (arrays | changes).items() if v is not None})
             assert_refused(call(evaluator, reference, samples, "--inception", graph), *parts)
 
         refused("ref.npz holds mu, but not all of sigma, mu_s and sigma_s", sigma_s=None)
-        refused("ref.npz holds mu of 3 values, expected 2048", mu=np.zeros(3), sigma=np.eye(3))
+        refused(
+            "ref.npz holds mu of float64 and shape (3,), expected numbers of shape (2048,)",
+            mu=np.zeros(3),
+            sigma=np.eye(3),
+        )
         refused("statistics that cannot be used: NaN or infinity", mu=np.full(2048, np.nan))
-        refused("statistics that cannot be used", "shape", mu=np.zeros(3))
 
     def test_wrong_options(self, graph, call, tmp_path):
         given = self.files(tmp_path)
         assert_refused(call(evaluator, *given, "--inception", tmp_path / "x.pb"), "there is no graph", "x.pb")
         for more in (("--inception", graph), ("--backend", "tensorflow")):
             assert_refused(call(evaluator, *given, "--network", "x.pt2", *more), "--network is another network than")
+
+
+def array(value):
+    """A maker of an .npz with this value as arr_0."""
+    return lambda path, made: np.savez(path, arr_0=value)
+
+
+def cut(name):
+    """A maker of a file that lacks its last bytes."""
+    return lambda path, made: path.write_bytes((made / name).read_bytes()[:-100])
+
+
+def folder(*sizes):
+    """A maker of a folder of images of these sizes; one of None is no image."""
+
+    def make(path, made):
+        path.mkdir()
+        for i, size in enumerate(sizes):
+            image = path / f"{i}.png"
+            Image.new("RGB", size).save(image) if size else image.write_bytes(b"none")
+
+    return make
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), np.uint8)
+STATISTICS = {"mu": np.zeros(3), "sigma": np.eye(3)}
 
 
 class TestRefusals:
@@ -333,52 +342,65 @@ class TestRefusals:
         return check
 
     def test_by_the_command(self, made, tmp_path):
-        result = run_script(
-            "evaluations/c2i/evaluator.py", made / "ref.npz", tmp_path / "x.npz", "--network", made / "net.pt2"
-        )
+        result = run_script("evaluations/c2i/evaluator.py", made / "ref.npz", tmp_path / "x.npz")
         assert_refused(result, "there is no samples file", "x.npz")
 
-    def test_missing(self, refused, tmp_path):
-        refused("there is no samples file", "x.npz", samples=tmp_path / "x.npz")
-        refused("there is no samples file", "x.npz", reference=tmp_path / "x.npz")
-        refused("there is no network", "x.pt2", network=tmp_path / "x.pt2")
+    @pytest.mark.parametrize(
+        ("argument", "name", "make", "message"),
+        [
+            ("samples", "x.npz", None, "there is no samples file"),
+            ("reference", "x.npz", None, "there is no samples file"),
+            ("network", "x.pt2", None, "there is no network"),
+            ("samples", "x.png", None, "expected a file that ends in .npz, or a folder of images, got"),
+            ("reference", "x.npz", cut("ref.npz"), "is damaged or not an .npz file"),
+            ("network", "x.pt2", cut("net.pt2"), "is damaged, truncated or not a .pt2 file"),
+            ("samples", "x.npz", array(NOISE / 255), "arr_0 is float64"),
+            ("samples", "x.npz", array(NOISE[:3]), "holds 3 images; expected at least 4"),
+            ("samples", "x.npz", array(NOISE[:, :8]), "holds images of 8x16"),
+            ("samples", "x.npz", array(np.full_like(NOISE, 9)), "are of one colour each; --force"),
+            ("samples", "x.npz", lambda path, _: np.savez(path, **STATISTICS), "as a reference for FID only"),
+            ("reference", "x.npz", lambda path, _: np.savez(path, **STATISTICS), "statistics of Inception's features"),
+            ("network", "x.pt2", lambda path, _: save_network(path, fused(Classifier(3)), 8, "small"), "takes 8x8"),
+            ("samples", "x", folder(), "x"),
+            ("samples", "x", folder((16, 16), (16, 18)), "images of different sizes: 0.png is 16x16, 1.png 16x18"),
+            (
+                "samples",
+                "x",
+                folder(*[(16, 18)] * 4),
+                "compare images of one size (python -m evaluations.c2i.reference",
+            ),
+            ("reference", "x", folder((16, 16), None), "1.png cannot be read as an image"),
+        ],
+    )
+    def test_inputs(self, refused, made, tmp_path, argument, name, make, message):
+        if make:
+            make(tmp_path / name, made)
+        refused(name, message, **{argument: tmp_path / name})
 
-    def test_not_an_npz(self, refused, made, tmp_path):
-        refused("expected a file that ends in .npz, got", "train", samples=made / "train")
-        (tmp_path / "x.npz").write_text("<html>")
-        refused("x.npz is damaged or not an .npz file", reference=tmp_path / "x.npz")
+    def test_settings(self, refused, made):
+        refused("--pr-images: expected at least 4, got 3", more=("--pr-images", 3))
+        with pytest.raises(
+            ValueError, match=r"two of the samples would leave their figures in .*val\.txt: name each once"
+        ):
+            evaluator.EvaluatorSettings(reference=made / "ref.npz", samples=[made / "val.npz", made / "val.npz"])
 
-    def test_truncated(self, refused, made, tmp_path):
-        (tmp_path / "x.npz").write_bytes((made / "val.npz").read_bytes()[:-100])
-        refused("x.npz is damaged or not an .npz file", samples=tmp_path / "x.npz")
-        (tmp_path / "x.pt2").write_bytes((made / "net.pt2").read_bytes()[:-100])
-        refused("x.pt2 is damaged, truncated or not a .pt2 file", network=tmp_path / "x.pt2")
+    def test_places(self, refused, made, tmp_path):
+        samples = tmp_path / "x.npz"
+        samples.write_bytes((made / "val.npz").read_bytes())
+        with file_lock(tmp_path / "x.metrics.json"):
+            refused("x.metrics.json is in use by process", "wait for it", samples=samples)
+        (tmp_path / "x.txt").mkdir()
+        refused("x.txt is a folder; expected the name of a file to write", samples=samples)
 
-    def test_no_images(self, refused, tmp_path):
-        np.savez(tmp_path / "x.npz", images=np.zeros((60, 16, 16, 3), np.uint8))
-        refused("x.npz holds images.npy; expected arr_0", samples=tmp_path / "x.npz")
-        np.savez(tmp_path / "x.npz", arr_0=np.zeros((60, 16, 16, 3), np.float32))
-        refused("arr_0 is float32", "expected uint8", samples=tmp_path / "x.npz")
-        np.savez(tmp_path / "x.npz", arr_0=np.zeros((3, 16, 16, 3), np.uint8))
-        refused("x.npz holds 3 images; expected at least 4", samples=tmp_path / "x.npz")
+    def test_several_processes(self, refused, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr(cli, "one_of_several", lambda: False)
+        refused("the evaluator is one process: start it without torchrun")
 
-    def test_sizes_that_differ(self, refused, tmp_path):
-        np.savez(tmp_path / "x.npz", arr_0=np.zeros((60, 8, 16, 3), np.uint8))
-        refused("x.npz holds images of 8x16", "ref.npz of 16x16", "--force", samples=tmp_path / "x.npz")
-        forced = ("--force",)  # the network takes one size only
-        refused("x.npz holds images of 8x16, but colours", "takes 16x16", samples=tmp_path / "x.npz", more=forced)
-
-    def test_images_of_one_colour(self, refused, made, call, tmp_path):
-        np.savez(tmp_path / "x.npz", arr_0=np.full((60, 16, 16, 3), 9, np.uint8))
-        refused("the first 60 images of", "x.npz are of one colour each; --force", samples=tmp_path / "x.npz")
-        given = (made / "ref.npz", tmp_path / "x.npz", "--network", made / "net.pt2", "--force")
-        result = call(evaluator, *given)
+    def test_force(self, refused, made, call, tmp_path):
+        np.savez(tmp_path / "x.npz", arr_0=NOISE[:, :8])  # the network takes one size only
+        refused("x.npz holds images of 8x16, but colours", samples=tmp_path / "x.npz", more=("--force",))
+        np.savez(tmp_path / "x.npz", arr_0=np.full_like(NOISE, 9))
+        result = call(evaluator, made / "ref.npz", tmp_path / "x.npz", "--network", made / "net.pt2", "--force")
         assert result.returncode == 0, result.stderr
         assert "60 of the 60 images of" in result.stderr and "59 of the 60 images of" in result.stderr
-
-    def test_a_network_for_another_size(self, refused, tmp_path):
-        save_network(tmp_path / "small.pt2", fused(Classifier(3)), 8, "of-8-px")
-        refused("ref.npz holds images of 16x16, but of-8-px", "takes 8x8", network=tmp_path / "small.pt2")
-
-    def test_too_few_images_for_precision(self, refused):
-        refused("--pr-images: expected at least 4, got 3", more=("--pr-images", 3))

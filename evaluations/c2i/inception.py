@@ -19,11 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaluations.c2i.features import full_float32
+from evaluations.c2i.features import FeatureNetwork
 from evaluations.c2i.graphdef import Node, read_graph
 from utils.cli import InputError
 from utils.files import sha256
-from utils.samples import Samples
 
 PARAMETERS = 23_885_411  # TensorFlow's summarize_graph says so of the real file, and these counts
 OPS = {
@@ -181,46 +180,21 @@ def _pool(node: Node) -> nn.Module:
     return nn.AvgPool2d(kernel, stride, padding, count_include_pad=False)
 
 
-class InceptionNetwork:
-    """The network as the evaluator takes it, by one of two backends: torch, or TensorFlow running the graph itself.
+def load_inception(path: str | Path, device: torch.device | str = "cpu", backend: str = "torch") -> FeatureNetwork:
+    """The network, run by one of two backends: torch, or TensorFlow, which runs the graph itself on the CPU.
 
-    Call it with uint8 images (n, H, W, 3) of any size: pooled features (n, P), logits (n, C), spatial features (n, S),
-    float32. Raises InputError for a wrong file, and for the backend `tensorflow` where it is not installed.
+    It takes images of any size. Raises InputError for a wrong file, and for `tensorflow` where it is not installed.
     """
-
-    name, height, width = "Inception", None, None
-    dimensions, classes, spatial_dimensions = POOL_SIZE, CLASSES, SPATIAL_SIZE
-
-    def __init__(self, path: str | Path, device: torch.device | str = "cpu", backend: str = "torch") -> None:
-        self.path, self.device, self.backend = Path(path), torch.device(device), backend
-        nodes = read_inception(self.path)
-        self.sha256 = sha256(self.path)
-        self.batch_size = 32 if self.device.type == "cpu" else 128
-        if backend == "torch":
-            self._run = _in_torch(nodes, self.device)
-        else:
-            self._run = _in_tensorflow(self.path, np.asarray(nodes[WEIGHTS].attrs["value"]))
-
-    def __call__(self, images_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self._run(images_NHWC)
-
-    def check_size(self, samples: Samples) -> None:
-        """Images of any size will do."""
+    path, device = Path(path), torch.device(device)
+    nodes = read_inception(path)
+    run = Inception(nodes).to(device) if backend == "torch" else _in_tensorflow(path, nodes[WEIGHTS].attrs["value"])
+    return FeatureNetwork(
+        name="Inception", path=path, sha256=sha256(path), dimensions=POOL_SIZE, classes=CLASSES, device=device, run=run,
+        spatial_dimensions=SPATIAL_SIZE, backend=backend, batch_size=32 if device.type == "cpu" else 128,
+    )  # fmt: skip
 
 
-def _in_torch(nodes: dict[str, Node], device: torch.device) -> Callable[[np.ndarray], tuple[np.ndarray, ...]]:
-    module = Inception(nodes).to(device)
-
-    @torch.inference_mode()
-    def run(images_NHWC: np.ndarray) -> tuple[np.ndarray, ...]:
-        images = torch.from_numpy(images_NHWC.copy()).to(device)  # a copy, as what is read from files is read-only
-        with full_float32():
-            return tuple(part.cpu().numpy() for part in module(images))
-
-    return run
-
-
-def _in_tensorflow(path: Path, weights_PC: np.ndarray) -> Callable[[np.ndarray], tuple[np.ndarray, ...]]:
+def _in_tensorflow(path: Path, weights_PC: np.ndarray) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """A session on the CPU: TensorFlow and torch do not share a GPU well."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
@@ -240,9 +214,10 @@ def _in_tensorflow(path: Path, weights_PC: np.ndarray) -> Callable[[np.ndarray],
     )
     session = tf.Session(graph=graph, config=config)
 
-    def run(images_NHWC: np.ndarray) -> tuple[np.ndarray, ...]:
-        pool, spatial = session.run(outputs, {images: images_NHWC.astype(np.float32)})
+    def run(images_NHWC: Tensor) -> tuple[Tensor, ...]:
+        pool, spatial = session.run(outputs, {images: images_NHWC.cpu().numpy().astype(np.float32)})
         pool_NP = pool.reshape(len(pool), -1)
-        return pool_NP, pool_NP @ weights_PC, spatial[..., :SPATIAL_CHANNELS].reshape(len(spatial), -1)
+        spatial_NS = spatial[..., :SPATIAL_CHANNELS].reshape(len(spatial), -1)
+        return tuple(torch.from_numpy(part) for part in (pool_NP, pool_NP @ weights_PC, spatial_NS))
 
     return run

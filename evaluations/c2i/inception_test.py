@@ -1,10 +1,11 @@
 """The Inception network from its graph: against the published evaluator's activations and figures, and TensorFlow."""
 
 import hashlib
-import importlib.util
 import json
 import subprocess
 import sys
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +16,17 @@ from evaluations.c2i import metrics
 from evaluations.c2i.evaluator import given_statistics
 from evaluations.c2i.features import extract
 from evaluations.c2i.graphdef import read_graph
-from evaluations.c2i.inception import WEIGHTS, InceptionNetwork, read_inception, resize_tf1
+from evaluations.c2i.inception import WEIGHTS, load_inception, read_inception, resize_tf1
 from evaluations.c2i.manifold import Manifold, precision_recall
-from evaluations.c2i.stand_in import drawn_features, write_stand_in
+from evaluations.c2i.testdata import golden_inputs
+from evaluations.c2i.testdata.stand_in import drawn_features, write_stand_in
 from utils.cli import InputError
+from utils.fake_gpu import GPU, fake_gpu
 from utils.samples import Samples
 from utils.testing import ROOT
 
 GOLDEN = json.loads((Path(__file__).parent / "testdata" / "evaluator.json").read_text())
 CASES = {name: case for name, case in GOLDEN["cases"].items() if "activations" in case}
-BATCHES = ROOT.parent / "shared" / "tools" / "make_eval_batches.py"
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +36,7 @@ def graph(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def network(graph):
-    return InceptionNetwork(graph)
-
-
-@pytest.fixture(scope="module")
-def batches():
-    """The generator of the images that the published evaluator was run on; it is not part of the project."""
-    if not BATCHES.is_file():
-        pytest.skip(f"the golden images' generator is not at {BATCHES}")
-    spec = importlib.util.spec_from_file_location("make_eval_batches", BATCHES)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_inception(graph)
 
 
 def images(n: int, height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -76,6 +67,14 @@ def test_no_tensorflow(graph, tmp_path):
     assert result.returncode == 0, result.stderr
     lines = (tmp_path / "x.txt").read_text().splitlines()
     assert [line.partition(": ")[0] for line in lines] == ["Inception Score", "FID", "sFID", "Precision", "Recall"]
+
+
+def test_on_a_gpu_the_host_waits_for_the_results_only(network):
+    """Weights are copied there, features, logits and spatial features back."""
+    with fake_gpu() as gpu:
+        on_gpu = replace(network, device=GPU, run=deepcopy(network.run).to(GPU))
+        assert [part.shape for part in on_gpu(images(2, 20, 30))] == [(2, 2048), (2, 1008), (2, 2023)]
+    assert len(gpu.waits) == 3
 
 
 def naive_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -122,13 +121,20 @@ def test_logits_give_the_published_inception_score(graph):
     assert found == pytest.approx(GOLDEN["cases"]["is_splits"]["metrics"]["inception_score"], rel=1e-5)
 
 
+@pytest.mark.parametrize("case", ["odd", "same", "stats"])
+@pytest.mark.parametrize("side", ["ref", "sample"])
+def test_golden_inputs(case, side):
+    """The rest is compared by test_golden_figures."""
+    found = hashlib.sha256(golden_inputs.images(case, side)).hexdigest()
+    assert found == CASES[case]["inputs"][side]["sha256"]
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("side", ["ref", "sample"])
-def test_golden_activations(network, batches, case, side):
+def test_golden_activations(network, case, side):
     """Of a case's first and last image."""
-    seed, n, *size_and_look = batches.CASES[case][side == "sample"]
-    height, width, look = size_and_look
-    ends = np.stack([batches.image(batches.Draws(seed, i), height, width, look) for i in (0, n - 1)])
+    batch = golden_inputs.CASES[case][side]
+    ends = np.stack([golden_inputs.image(batch, i) for i in (0, batch.images - 1)])
     pool, _, spatial = network(ends)
     expected = CASES[case]["activations"][side]
     for found, layer in ((pool, "pool"), (spatial, "spatial")):
@@ -138,14 +144,15 @@ def test_golden_activations(network, batches, case, side):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_golden_figures(network, batches, case, tmp_path):
+def test_golden_figures(network, case, tmp_path):
     """Frechet distances within what float32 makes of the activations, the rest equal."""
-    batches.write_images(case, tmp_path)
     found, moments = {}, {}
-    for side in ("ref", "sample"):
-        file = Samples(tmp_path / f"{case}_{side}.npz")
+    for side, path in golden_inputs.write(case, tmp_path).items():
+        file = Samples(path)
+        digest = hashlib.sha256(next(file.batches(len(file)))).hexdigest()
+        assert digest == CASES[case]["inputs"][side]["sha256"]
         found[side] = extract(network, file, show=False, batch_size=32)
-        given = given_statistics(file.path, network)
+        given = given_statistics(file, network)
         pool = given.get("pool") or metrics.moments_of(found[side].features_ND)
         moments[side] = pool, given.get("spatial") or found[side].spatial
     exact, published = CASES[case]["exact"], CASES[case]["metrics"]
@@ -162,7 +169,7 @@ def test_golden_figures(network, batches, case, tmp_path):
 def test_tensorflow_agrees(network, graph):
     pytest.importorskip("tensorflow", reason="TensorFlow is not installed: the graph cannot run itself")
     x = images(2, 83, 61)
-    other = InceptionNetwork(graph, backend="tensorflow")
+    other = load_inception(graph, backend="tensorflow")
     for found, expected in zip(network(x), other(x), strict=True):
         assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
 
@@ -171,7 +178,7 @@ def test_tensorflow_missing(graph, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     monkeypatch.setitem(sys.modules, "tensorflow.compat.v1", None)
     with pytest.raises(InputError, match="--backend tensorflow needs TensorFlow: pip install tensorflow"):
-        InceptionNetwork(graph, backend="tensorflow")
+        load_inception(graph, backend="tensorflow")
 
 
 def test_another_graph(tmp_path):
@@ -180,11 +187,11 @@ def test_another_graph(tmp_path):
     with pytest.raises(
         InputError, match=r"x\.pb is not the Inception graph of 2015: 1 nodes and 0 parameters, expected 1004"
     ):
-        InceptionNetwork(tmp_path / "x.pb")
+        load_inception(tmp_path / "x.pb")
 
 
 def test_a_truncated_graph(graph, tmp_path):
     content = graph.read_bytes()
     (tmp_path / "x.pb").write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match=r"x\.pb is damaged, truncated or no TensorFlow graph"):
-        InceptionNetwork(tmp_path / "x.pb")
+        load_inception(tmp_path / "x.pb")

@@ -6,31 +6,26 @@ N, M items, D features, C classes. Precision and recall are in manifold.py.
 from collections.abc import Mapping
 
 import numpy as np
-import scipy.linalg
 import torch
-from scipy.linalg import lapack
 from torch import Tensor
 
 from utils import streams
 
-EPS = float(np.finfo(np.float64).eps)
 SPLIT = 5000  # items a split of the Inception Score, as published
 CHUNK = 1024  # rows in float64 at a time
 KID_SUBSETS, KID_SIZE = 100, 1000
 
 
 class Moments:
-    """Mean and covariance of features that arrive in batches; exact in any order up to float64 rounding.
+    """Mean and covariance of features (n, D) that arrive in batches; exact in any order up to float64 rounding.
 
-    Batches are merged by Chan, Golub and LeVeque's update (1983), so nothing cancels. Up to D items are kept as they are:
-    they are a root of their covariance, of fewer rows than it has. On a GPU the products are made there.
+    Batches are merged by Chan, Golub and LeVeque's update (1983), so nothing cancels.
     """
 
     def __init__(self, dimensions: int, device: torch.device | str = "cpu") -> None:
-        self.n, self.dimensions, self.device = 0, dimensions, torch.device(device)
-        self._mean_D = np.zeros(dimensions)
-        self._scatter_DD: np.ndarray | None = None  # of the items that are no longer kept
-        self._merged, self._kept = 0, []
+        self.n = 0
+        self.mean_D = torch.zeros(dimensions, dtype=torch.float64, device=device)
+        self.scatter_DD = torch.zeros(dimensions, dimensions, dtype=torch.float64, device=device)
 
     @classmethod
     def given(cls, mean_D: np.ndarray, covariance_DD: np.ndarray) -> "Moments":
@@ -40,82 +35,39 @@ class Moments:
             raise ValueError(f"a mean of shape {mean_D.shape} and a covariance of shape {covariance_DD.shape}")
         if not (np.isfinite(mean_D).all() and np.isfinite(covariance_DD).all()):
             raise ValueError("NaN or infinity in a mean or covariance")
-        moments = cls(len(mean_D))
-        moments.n = moments._merged = 2  # n - 1 = 1: the scatter is the covariance
-        moments._mean_D, moments._scatter_DD = mean_D, (covariance_DD + covariance_DD.T) / 2
-        return moments
+        return cls.from_arrays({"n": np.array(2), "mean": mean_D, "scatter": (covariance_DD + covariance_DD.T) / 2})
 
     def add(self, features_ND: np.ndarray) -> None:
         """Take in a batch (n, D) of any float dtype."""
         if len(features_ND) == 0:
             return
-        self._kept.append(np.array(features_ND))
-        self.n += len(features_ND)
-        if self.n - self._merged > self.dimensions:
-            self._merge()
-
-    def _merge(self) -> None:
-        """Turn the kept items into sums."""
-        if not self._kept:
-            return
-        kept_ND = np.concatenate(self._kept).astype(np.float64)
-        mean_D = kept_ND.mean(axis=0)
-        scatter_DD = self._gram(kept_ND - mean_D)
-        if self._scatter_DD is not None:
-            step_D, n, total = mean_D - self._mean_D, len(kept_ND), self._merged + len(kept_ND)
-            scatter_DD += self._scatter_DD + np.outer(step_D, step_D) * (self._merged * n / total)
-            mean_D = self._mean_D + step_D * (n / total)
-        self._mean_D, self._scatter_DD, self._merged, self._kept = mean_D, scatter_DD, self.n, []
-
-    def _gram(self, x_ND: np.ndarray) -> np.ndarray:
-        if self.device.type == "cpu":
-            return x_ND.T @ x_ND
-        x = torch.from_numpy(x_ND).to(self.device)
-        return (x.T @ x).cpu().numpy()
+        rows_ND = torch.from_numpy(np.ascontiguousarray(features_ND)).to(self.mean_D.device).double()
+        n, total = len(rows_ND), self.n + len(rows_ND)
+        step_D = rows_ND.mean(dim=0) - self.mean_D
+        rows_ND = rows_ND - rows_ND.mean(dim=0)
+        rows_ND = torch.cat([rows_ND, step_D[None] * (self.n * n / total) ** 0.5])  # between the batches' means
+        self.scatter_DD.addmm_(rows_ND.T, rows_ND)
+        self.mean_D += step_D * (n / total)
+        self.n = total
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything, to be stored; see from_arrays."""
-        if self._scatter_DD is None and self._kept:
-            return {"kept": np.concatenate(self._kept)}
-        self._merge()
-        return {"n": np.array(self.n), "mean": self._mean_D, "scatter": self._scatter_DD}
+        return {"n": np.array(self.n), "mean": self.mean_D.cpu().numpy(), "scatter": self.scatter_DD.cpu().numpy()}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], device: torch.device | str = "cpu") -> "Moments":
         """What arrays() gave."""
-        if "kept" in arrays:
-            moments = cls(arrays["kept"].shape[1], device)
-            moments.add(arrays["kept"])
-            return moments
-        moments = cls(len(arrays["mean"]), device)
-        moments.n = moments._merged = int(arrays["n"])
-        moments._mean_D, moments._scatter_DD = arrays["mean"], arrays["scatter"]
+        moments = cls(0, device)
+        moments.n = int(arrays["n"])
+        moments.mean_D, moments.scatter_DD = (torch.from_numpy(arrays[key]).to(device) for key in ("mean", "scatter"))
         return moments
-
-    @property
-    def mean_D(self) -> np.ndarray:
-        if self._scatter_DD is None and self._kept:
-            return np.concatenate(self._kept).mean(axis=0, dtype=np.float64)
-        self._merge()
-        return self._mean_D
-
-    @property
-    def root_ND(self) -> np.ndarray | None:
-        """A with A' A the covariance and a row for each item, while no more than D items came; else None."""
-        if self._scatter_DD is not None or self.n < 2:
-            return None
-        return (np.concatenate(self._kept).astype(np.float64) - self.mean_D) / np.sqrt(self.n - 1)
 
     @property
     def covariance_DD(self) -> np.ndarray:
         """The covariance with N - 1, as np.cov gives it. Raises ValueError for fewer than two items."""
         if self.n < 2:
             raise ValueError(f"a covariance needs at least 2 items, got {self.n}")
-        root_ND = self.root_ND
-        if root_ND is not None:
-            return self._gram(root_ND)
-        self._merge()
-        return self._scatter_DD / (self.n - 1)
+        return self.scatter_DD.cpu().numpy() / (self.n - 1)
 
 
 def moments_of(features_ND: np.ndarray, device: torch.device | str = "cpu", rows: int = 4096) -> Moments:
@@ -131,55 +83,39 @@ def frechet_distance(first: Moments, second: Moments) -> float:
 
     The covariances may be rank-deficient. What rounding takes below zero is cut off.
     """
-    difference_D = first.mean_D - second.mean_D
+    difference_D = first.mean_D.cpu().numpy() - second.mean_D.cpu().numpy()
     sigma1_DD, sigma2_DD = first.covariance_DD, second.covariance_DD
     traces = np.trace(sigma1_DD) + np.trace(sigma2_DD)
-    trace_root = _trace_root(sigma1_DD, first.root_ND, sigma2_DD, second.root_ND)
-    return max(0.0, float(difference_D @ difference_D + traces - 2 * trace_root))
+    return max(0.0, float(difference_D @ difference_D + traces - 2 * _trace_root(sigma1_DD, sigma2_DD)))
 
 
-def _trace_root(
-    sigma1_DD: np.ndarray, root1_ND: np.ndarray | None, sigma2_DD: np.ndarray, root2_ND: np.ndarray | None
-) -> float:
+def _trace_root(sigma1_DD: np.ndarray, sigma2_DD: np.ndarray) -> float:
     """tr sqrt(S1 S2), without a square root of a matrix.
 
     With S1 = A' A it is the sum of the square roots of the eigenvalues of A S2 A', and with S2 = B' B the sum of the
-    singular values of A B'. A is the items where they are few, else S1's Cholesky factor, and where there is none,
-    for want of rank, its eigenvectors without those of rounding noise: square roots of noise would add up.
+    singular values of A B'. The first is faster by five times, but of full rank only if S2 is: square roots of rounding
+    noise would add up.
     """
-    if root1_ND is None and root2_ND is None:
-        for sigma_DD, other_DD in ((sigma1_DD, sigma2_DD), (sigma2_DD, sigma1_DD)):
-            factor_DD = _cholesky(sigma_DD)
-            if factor_DD is not None:
-                product_DD, _ = lapack.dsygst(other_DD.T, factor_DD, itype=2, lower=1)  # L' S L, its lower triangle
-                return _sum_of_roots(product_DD)
-        root1_ND, root2_ND = _eigen_root(sigma1_DD), _eigen_root(sigma2_DD)
-    if root1_ND is not None and root2_ND is not None:
-        return float(np.linalg.svd(root1_ND @ root2_ND.T, compute_uv=False).sum())
-    root_ND, other_DD = (root1_ND, sigma2_DD) if root1_ND is not None else (root2_ND, sigma1_DD)
-    return _sum_of_roots(root_ND @ other_DD @ root_ND.T)
-
-
-def _sum_of_roots(product: np.ndarray) -> float:
-    """Sum of the square roots of the eigenvalues of a symmetric matrix, of which the lower triangle is read."""
-    values = scipy.linalg.eigvalsh(product, lower=True, driver="ev", check_finite=False)
+    root1_RD, root2_RD = _root(sigma1_DD), _root(sigma2_DD)
+    if len(root1_RD) < len(sigma1_DD) and len(root2_RD) < len(sigma2_DD):
+        return float(np.linalg.svd(root1_RD @ root2_RD.T, compute_uv=False).sum())
+    (root_RD, other_DD), _ = sorted(((root1_RD, sigma2_DD), (root2_RD, sigma1_DD)), key=lambda pair: len(pair[0]))
+    values = np.linalg.eigvalsh(root_RD @ other_DD @ root_RD.T)
     return float(np.sqrt(values.clip(min=0)).sum())
 
 
-def _cholesky(sigma_DD: np.ndarray) -> np.ndarray | None:
-    """L with L L' = sigma; None where sigma is, within rounding, not of full rank."""
+def _root(sigma_DD: np.ndarray) -> np.ndarray:
+    """A (rank, D) with A' A = sigma: its Cholesky factor or, where it is not of full rank, eigenvectors without noise's."""
+    noise = len(sigma_DD) * np.finfo(np.float64).eps
     try:
-        factor_DD = scipy.linalg.cholesky(sigma_DD.T, lower=True, check_finite=False)  # LAPACK's order of memory
-    except scipy.linalg.LinAlgError:
-        return None
-    pivots_D = np.square(np.diagonal(factor_DD))
-    return factor_DD if pivots_D.min() > len(sigma_DD) * EPS * pivots_D.max() else None
-
-
-def _eigen_root(sigma_DD: np.ndarray) -> np.ndarray:
-    """A (rank, D) with A' A = sigma."""
+        factor_DD = np.linalg.cholesky(sigma_DD)
+        pivots_D = np.square(np.diagonal(factor_DD))
+        if pivots_D.min() > noise * pivots_D.max():
+            return factor_DD.T
+    except np.linalg.LinAlgError:
+        pass
     values, vectors = np.linalg.eigh(sigma_DD)
-    kept = values > len(sigma_DD) * EPS * values.max()
+    kept = values > noise * values.max()
     return (vectors[:, kept] * np.sqrt(values[kept])).T
 
 

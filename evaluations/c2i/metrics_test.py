@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ from evaluations.c2i.metrics import (
     kernel_distance,
     moments_of,
 )
-from evaluations.c2i.stand_in import drawn_features
+from evaluations.c2i.testdata.stand_in import drawn_features
 
 
 class TestMoments:
@@ -37,16 +38,13 @@ class TestMoments:
         features = np.random.default_rng(0).normal(100, 1, (20000, 4)).astype(np.float32)
         np.testing.assert_allclose(moments_of(features).mean_D, features.astype(np.float64).mean(0), rtol=1e-14)
 
-    @pytest.mark.parametrize("n", [3, 7, 8, 50])
-    def test_stored_and_read(self, n):
-        """While few are kept as they are, and after."""
-        features = np.random.default_rng(0).normal(size=(n, 7)).astype(np.float32)
+    def test_stored_and_read(self):
+        features = np.random.default_rng(0).normal(size=(9, 7)).astype(np.float32)
         moments = moments_of(features)
         again = Moments.from_arrays(moments.arrays())
-        assert (again.root_ND is None) == (moments.root_ND is None) == (n > 7)
         for item in (again, moments):
             item.add(features[:2])
-        assert np.array_equal(again.mean_D, moments.mean_D)
+        assert torch.equal(again.mean_D, moments.mean_D)
         assert np.array_equal(again.covariance_DD, moments.covariance_DD)
 
     def test_a_batch_may_change_after_it_is_added(self):
@@ -55,12 +53,6 @@ class TestMoments:
         expected = features.mean(0)
         features[:] = 0
         np.testing.assert_allclose(moments.mean_D, expected)
-
-    def test_few_items_are_a_root_of_their_covariance(self):
-        features = np.random.default_rng(0).normal(3, 1, (9, 20))
-        root = moments_of(features).root_ND
-        assert root.shape == (9, 20)
-        np.testing.assert_allclose(root.T @ root, np.cov(features.T), atol=1e-12)
 
     @pytest.mark.parametrize(
         ("mean", "covariance", "message"),
@@ -126,7 +118,7 @@ class TestFrechetDistance:
         first = moments_of(rng.normal(size=(30, 20)) @ rotation[:20])
         second = moments_of(rng.normal(size=(30, 20)) @ rotation[20:])
         difference = first.mean_D - second.mean_D
-        expected = difference @ difference + np.trace(first.covariance_DD + second.covariance_DD)
+        expected = (difference @ difference).item() + np.trace(first.covariance_DD + second.covariance_DD)
         assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-7)
 
     @pytest.mark.parametrize(("n", "m"), [(15, 12), (15, 300), (300, 15), (300, 300)])
@@ -148,7 +140,7 @@ class TestFrechetDistance:
     def test_a_set_of_equal_items(self):
         spread = moments_of(np.random.default_rng(0).normal(size=(50, 6)))
         point = moments_of(np.ones((50, 6)))
-        expected = ((spread.mean_D - 1) ** 2).sum() + np.trace(spread.covariance_DD)
+        expected = ((spread.mean_D - 1) ** 2).sum().item() + np.trace(spread.covariance_DD)
         assert frechet_distance(spread, point) == pytest.approx(expected, rel=1e-12)
         assert frechet_distance(point, point) == 0
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluations.c2i.download import cache_folder
-from evaluations.c2i.features import Extracted, Eye
+from evaluations.c2i.features import Extracted, FeatureNetwork
 from evaluations.c2i.metrics import Moments
 from utils.files import atomic_path
 
@@ -19,29 +19,29 @@ FORMAT = 1
 ENTRIES = 8  # the latest used ones stay
 
 
-def entry_path(network: Eye, reference_sha256: str) -> Path:
+def entry_path(network: FeatureNetwork, reference_sha256: str) -> Path:
     """Where the features of a reference are, if they are there."""
     key = (FORMAT, reference_sha256, network.sha256, network.backend, network.device.type)
     return cache_folder() / "references" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.npz"
 
 
-def load(path: Path, network: Eye) -> tuple[Extracted, Moments] | None:
+def load(path: Path, network: FeatureNetwork) -> tuple[Extracted, Moments] | None:
     """What store() wrote; None if nothing is there or it cannot be read."""
     try:
         with np.load(path) as file:
-            found = {name: file[name] for name in file.files}
+            arrays = {name: file[name] for name in file.files}
+        moments = {}
+        for name in ("pool", "spatial"):
+            parts = {key.removeprefix(f"{name}."): value for key, value in arrays.items() if key.startswith(f"{name}.")}
+            moments[name] = Moments.from_arrays(parts, network.device) if parts or name == "pool" else None
+        logits_N0 = np.empty((len(arrays["features"]), 0), np.float32)
+        extracted = Extracted(
+            arrays["features"], logits_N0, moments["spatial"], arrays["digests"], int(arrays["constant"])
+        )
         os.utime(path)
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError):
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError):
         return None
-    parts = {name: {} for name in ("pool", "spatial")}
-    for key in found:
-        name, _, array = key.partition(".")
-        if array:
-            parts[name][array] = found[key]
-    pool = Moments.from_arrays(parts["pool"], network.device)
-    spatial = Moments.from_arrays(parts["spatial"], network.device) if parts["spatial"] else None
-    logits_N0 = np.empty((len(found["features"]), 0), np.float32)
-    return Extracted(found["features"], logits_N0, spatial, found["digests"], int(found["constant"])), pool
+    return extracted, moments["pool"]
 
 
 def store(path: Path, extracted: Extracted, pool: Moments) -> None:

@@ -11,7 +11,7 @@ from evaluations.c2i import reference_cache
 from evaluations.c2i.features import Extracted
 from evaluations.c2i.metrics import moments_of
 
-EYE = SimpleNamespace(sha256="f" * 64, backend="torch", device=torch.device("cpu"))
+NETWORK = SimpleNamespace(sha256="f" * 64, backend="torch", device=torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +32,9 @@ def extracted(n: int = 9, spatial: bool = True) -> Extracted:
 @pytest.mark.parametrize("spatial", [True, False])
 def test_round_trip(n, spatial):
     given = extracted(n, spatial)
-    path = reference_cache.entry_path(EYE, "a" * 64)
+    path = reference_cache.entry_path(NETWORK, "a" * 64)
     reference_cache.store(path, given, moments_of(given.features_ND))
-    found, pool = reference_cache.load(path, EYE)
+    found, pool = reference_cache.load(path, NETWORK)
     assert np.array_equal(found.features_ND, given.features_ND) and np.array_equal(found.digests_N, given.digests_N)
     assert found.constant == 2 and found.logits_NC.shape == (n, 0)
     assert np.array_equal(pool.covariance_DD, moments_of(given.features_ND).covariance_DD)
@@ -45,7 +45,7 @@ def test_round_trip(n, spatial):
 
 def test_an_entry_belongs_to_what_computed_it():
     paths = {
-        reference_cache.entry_path(SimpleNamespace(**(vars(EYE) | change)), reference)
+        reference_cache.entry_path(SimpleNamespace(**(vars(NETWORK) | change)), reference)
         for change in ({}, {"sha256": "0"}, {"backend": "tensorflow"}, {"device": torch.device("meta")})
         for reference in ("a", "b")
     }
@@ -53,26 +53,28 @@ def test_an_entry_belongs_to_what_computed_it():
 
 
 def test_nothing_or_something_else_is_there(folder):
-    path = reference_cache.entry_path(EYE, "a")
-    assert reference_cache.load(path, EYE) is None
+    path = reference_cache.entry_path(NETWORK, "a")
+    assert reference_cache.load(path, NETWORK) is None
     folder.mkdir(parents=True)
     path.write_bytes(b"none")
-    assert reference_cache.load(path, EYE) is None
+    assert reference_cache.load(path, NETWORK) is None
+    np.savez(path, features=np.zeros((4, 2)))
+    assert reference_cache.load(path, NETWORK) is None
 
 
 def test_the_latest_used_entries_stay(folder, monkeypatch):
     monkeypatch.setattr(reference_cache, "ENTRIES", 2)
-    paths = [reference_cache.entry_path(EYE, name) for name in "abc"]
+    paths = [reference_cache.entry_path(NETWORK, name) for name in "abc"]
     for age, path in zip((30, 20), paths, strict=False):
         reference_cache.store(path, extracted(), moments_of(extracted().features_ND))
         os.utime(path, (path.stat().st_atime, path.stat().st_mtime - age))
-    assert reference_cache.load(paths[0], EYE) is not None  # used, so it is the latest
+    assert reference_cache.load(paths[0], NETWORK) is not None  # used, so it is the latest
     reference_cache.store(paths[2], extracted(), moments_of(extracted().features_ND))
     assert set(folder.iterdir()) == {paths[0], paths[2]}
 
 
 def test_a_folder_that_cannot_be_written_to_is_left_alone(tmp_path):
     (tmp_path / "next-patch-prediction").write_text("")
-    path = reference_cache.entry_path(EYE, "a")
+    path = reference_cache.entry_path(NETWORK, "a")
     reference_cache.store(path, extracted(), moments_of(extracted().features_ND))
-    assert reference_cache.load(path, EYE) is None
+    assert reference_cache.load(path, NETWORK) is None

@@ -1,10 +1,12 @@
-"""How figures are said: the published evaluator's lines, a table of several files, a chart of a CFG sweep."""
+"""How figures are printed: the published evaluator's lines, a table of several files, a chart of a CFG sweep."""
 
 import re
 from pathlib import Path
 from typing import Any
 
-from utils.files import atomic_path, write_json
+from utils.draw import plain_label
+from utils.files import atomic_path
+from utils.records import Record
 
 LABELS = {
     "inception_score": "Inception Score", "fid": "FID", "sfid": "sFID", "precision": "Precision", "recall": "Recall",
@@ -33,11 +35,36 @@ def table(rows: list[tuple[str, int, dict[str, float]]], network: str) -> str:
     return "\n".join([f"In the features of {network}:", *lines])
 
 
-def write(path: Path, lines: list[str], content: dict[str, Any]) -> None:
+class MetricsRecord(Record):
+    """SAMPLES.metrics.json: the figures, all that they depend on, and how they came about."""
+
+    metrics: dict[str, float]
+    format: int
+    network: dict[str, Any]
+    reference: dict[str, Any]
+    samples: dict[str, Any]
+    neighbours: int
+    split: int
+    float16_distances: bool
+    kid: bool
+    device: str
+    versions: dict[str, str]
+    warnings: list[str]
+    seconds: dict[str, float]
+
+
+def output_paths(samples: Path) -> tuple[Path, Path]:
+    """Where the lines and the record of a samples file, or of a folder of images, go: beside it."""
+    name = samples.name if samples.is_dir() else samples.stem
+    return samples.with_name(f"{name}.txt"), samples.with_name(f"{name}.metrics.json")
+
+
+def write(samples: Path, lines: list[str], record: MetricsRecord) -> None:
     """The lines into SAMPLES.txt and the record into SAMPLES.metrics.json."""
-    with atomic_path(path.with_suffix(".txt")) as temporary:
+    text, metrics = output_paths(samples)
+    with atomic_path(text) as temporary:
         temporary.write_text("\n".join(lines) + "\n")
-    write_json(path.with_suffix(".metrics.json"), content)
+    record.write(metrics)
 
 
 def sweeps(rows: list[tuple[Path, dict[str, float]]]) -> dict[Path, dict[float, dict[str, float]]]:
@@ -52,14 +79,12 @@ def sweeps(rows: list[tuple[Path, dict[str, float]]]) -> dict[Path, dict[float, 
 
 def draw_sweep(path: Path, scales: dict[float, dict[str, float]], network: str) -> None:
     """FID and Inception Score over the CFG scale, and FID over Inception Score with the scale at each point."""
-    import matplotlib  # here, as most calls draw nothing
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # here, as most calls draw nothing
 
     xs, fids = list(scales), [figures["fid"] for figures in scales.values()]
     scores = [figures["inception_score"] for figures in scales.values()]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.plot(xs, fids, marker="o", color="C0")
     left.set(xlabel="CFG scale", ylabel="FID")
     best = min(scales, key=lambda scale: scales[scale]["fid"])
@@ -73,7 +98,6 @@ def draw_sweep(path: Path, scales: dict[float, dict[str, float]], network: str) 
     for scale, x, y in zip(xs, scores, fids, strict=True):
         right.annotate(f"{scale:g}", (x, y), xytext=(5, 4), textcoords="offset points")
     right.set(xlabel="Inception Score", ylabel="FID", title="CFG scale at each point")
-    figure.suptitle(f"In the features of {network}; lowest FID {scales[best]['fid']:.2f} at {best:g}")
+    figure.suptitle(f"In the features of {plain_label(network)}; lowest FID {scales[best]['fid']:.2f} at {best:g}")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)
-    pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""How figures are said: lines, table, and which files make a sweep."""
+"""How figures are printed: lines, table, and which files make a sweep."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """Stand-ins for tests and benchmarks: the Inception graph with seeded random weights, and features by formula.
 
 The graph has the layout of classify_image_graph_def.pb, for where the real file is not at hand. Figures measured with it
-mean nothing; two implementations that read it must agree. It is written with numpy alone; the weights depend on the seed
+mean nothing; two implementations that read it must agree. The weights depend on the seed
 and their names only.
 
 Each batch norm gets the moments that its input would have if the activations before it were independent normal
@@ -9,13 +9,13 @@ variables, so that no layer fades or explodes.
 """
 
 import math
-import struct
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from evaluations.c2i.graphdef import GraphDef
 from utils.files import atomic_path
 
 FLOAT, INT32, STRING, UINT8 = 1, 3, 7, 4  # TensorFlow's dtypes
@@ -31,13 +31,9 @@ class Signal(NamedTuple):
     var: np.ndarray
 
 
-class Dtype(int):
-    """An attribute that is a dtype."""
-
-
 def write_stand_in(path: str | Path, seed: int = 0) -> Path:
     """Write the graph (95.7 MB), atomically; returns its path."""
-    content = _Graph(seed).serialised()
+    content = _Graph(seed).graph.SerializeToString()
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
     return Path(path)
@@ -54,53 +50,22 @@ def drawn_features(kind: str, seed: int, n: int, dimensions: int, scale: float, 
     return (offset + spread * (2 * uniform - 1) + scale * (uniform[:, :1] - 0.5)).astype(np.float32)
 
 
-def _varint(value: int) -> bytes:
-    value &= (1 << 64) - 1
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
+def _dtype(value: np.ndarray | bytes) -> int:
+    return STRING if isinstance(value, bytes) else INT32 if value.dtype.kind == "i" else FLOAT
 
 
-def _field(number: int, value: int | bytes | str) -> bytes:
-    """A field of a protobuf message: a varint, or bytes with their length in front."""
-    if isinstance(value, int):
-        return _varint(number << 3) + _varint(value)
-    value = value.encode() if isinstance(value, str) else value
-    return _varint(number << 3 | 2) + _varint(len(value)) + value
-
-
-def _tensor(value: np.ndarray | bytes) -> bytes:
-    """TensorProto: scalars in the typed fields, arrays as raw bytes."""
+def _fill(tensor: Any, value: np.ndarray | bytes) -> None:
+    """Fill a TensorProto: scalars in the typed fields, arrays as raw bytes."""
+    tensor.dtype = _dtype(value)
     if isinstance(value, bytes):
-        return _field(1, STRING) + _field(2, b"") + _field(8, value)
-    value = np.asarray(value)
-    whole = value.dtype.kind == "i"
-    shape = b"".join(_field(2, _field(1, size)) for size in value.shape)
-    head = _field(1, INT32 if whole else FLOAT) + _field(2, shape)
+        tensor.string_val.append(value)
+        return
+    for size in value.shape:
+        tensor.tensor_shape.dim.add(size=size)
     if value.ndim:
-        return head + _field(4, value.astype("<i4" if whole else "<f4").tobytes())
-    if whole:
-        return head + _field(7, _varint(int(value)))
-    return head + _field(5, struct.pack("<f", value))
-
-
-def _attribute(value: Any) -> bytes:
-    """AttrValue."""
-    if isinstance(value, bool):
-        return _field(5, int(value))
-    if isinstance(value, Dtype):
-        return _field(6, int(value))
-    if isinstance(value, int):
-        return _field(3, value)
-    if isinstance(value, float):
-        return _varint(4 << 3 | 5) + struct.pack("<f", value)
-    if isinstance(value, str):
-        return _field(2, value)
-    if isinstance(value, list):
-        return _field(1, _field(3, b"".join(map(_varint, value))))
-    return _field(8, value)  # a tensor's bytes
+        tensor.tensor_content = value.astype("<i4" if value.dtype.kind == "i" else "<f4").tobytes()
+    else:
+        (tensor.int_val if value.dtype.kind == "i" else tensor.float_val).append(value.item())
 
 
 def _rectified(mean: np.ndarray, var: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -118,7 +83,8 @@ class _Graph:
     """The nodes, written one after the other while the moments of the signal are carried along."""
 
     def __init__(self, seed: int) -> None:
-        self.seed, self.parts = seed, []
+        self.seed, self.graph = seed, GraphDef()
+        self.graph.versions.producer = PRODUCER
         x = self._head()
         x = self._conv("conv", x, (3, 3), 32, 2, "VALID")
         x = self._conv("conv_1", x, (3, 3), 32, 1, "VALID")
@@ -137,9 +103,6 @@ class _Graph:
         x = self._block_of_8("mixed_10", x, largest=True)
         self._tail(x)
 
-    def serialised(self) -> bytes:
-        return b"".join([*self.parts, _field(4, _field(1, PRODUCER))])
-
     def _uniform(self, name: str, shape: tuple[int, ...], low: float, high: float) -> np.ndarray:
         entropy = np.random.SeedSequence([self.seed, zlib.crc32(name.encode())])
         words = np.random.PCG64(entropy).random_raw(math.prod(shape))
@@ -147,17 +110,26 @@ class _Graph:
         return (low + (high - low) * unit).reshape(shape)
 
     def _node(self, name: str, op: str, *inputs: str, **attrs: Any) -> str:
-        body = [_field(1, name), _field(2, op), *(_field(3, i) for i in inputs)]
-        body += [_field(5, _field(1, key) + _field(2, _attribute(value))) for key, value in attrs.items()]
-        self.parts.append(_field(1, b"".join(body)))
+        """Append a node. Attributes `T`, `dtype` and the like are TensorFlow's numbers of dtypes."""
+        node = self.graph.node.add(name=name, op=op, input=inputs)
+        for key, given in attrs.items():
+            value = node.attr.add(key=key).value
+            if key in ("T", "dtype", "SrcT", "DstT"):
+                value.type = given
+            elif isinstance(given, list):
+                value.list.i.extend(given)
+            elif isinstance(given, np.ndarray | np.generic | bytes):
+                _fill(value.tensor, given)
+            else:
+                field = {bool: "b", int: "i", float: "f", str: "s"}[type(given)]
+                setattr(value, field, given.encode() if isinstance(given, str) else given)
         return name
 
     def _float(self, name: str, op: str, *inputs: str, **attrs: Any) -> str:
-        return self._node(name, op, *inputs, T=Dtype(FLOAT), **attrs)
+        return self._node(name, op, *inputs, T=FLOAT, **attrs)
 
     def _const(self, name: str, value: np.ndarray | bytes) -> str:
-        dtype = STRING if isinstance(value, bytes) else INT32 if np.asarray(value).dtype.kind == "i" else FLOAT
-        return self._node(name, "Const", dtype=Dtype(dtype), value=_tensor(value))
+        return self._node(name, "Const", dtype=_dtype(value), value=value)
 
     def _guarded(self, name: str, source: str) -> str:
         check = self._float(f"{name}/CheckNumerics", "CheckNumerics", source, message=f"{name} has inf or nan")
@@ -266,7 +238,7 @@ class _Graph:
             "DecodeJpeg", "DecodeJpeg", contents, channels=3, ratio=1, fancy_upscaling=True,
             try_recover_truncated=False, acceptable_fraction=1.0,
         )  # fmt: skip
-        self._node("Cast", "Cast", "DecodeJpeg", SrcT=Dtype(UINT8), DstT=Dtype(FLOAT))
+        self._node("Cast", "Cast", "DecodeJpeg", SrcT=UINT8, DstT=FLOAT)
         self._float("ExpandDims", "ExpandDims", "Cast", self._const("ExpandDims/dim", np.int32(0)))
         size = self._const("ResizeBilinear/size", np.array([299, 299], np.int32))
         self._float("ResizeBilinear", "ResizeBilinear", "ExpandDims", size, align_corners=False)
