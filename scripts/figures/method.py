@@ -1,6 +1,6 @@
 """Draw the method: patches of codes as positions, one distribution for the codes of the next patch, and the schedule.
 
-    python scripts/figures/method.py [assets/method.png]
+    python -m scripts.figures.method [assets/method.png]
 
 The share of the cost is computed by the schedule that trains.
 """
@@ -13,9 +13,11 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from autoregressive.train.schedule import Stage, patch_stages, relative_cost
+from autoregressive.train.schedule import Level, patch_levels, relative_cost
 from utils import cli
-from utils.files import atomic_path
+from utils.draw import SUFFIXES
+from utils.files import atomic_path, check_output
+from utils.settings import Settings, setting
 
 WIDTH, HEIGHT, DPI = 10.0, 5.3, 160  # inches; everything below is placed in inches from the lower left corner
 INK, SOFT, FAINT, MODEL, EDGE = "#24292f", "#59636e", "#dde2e8", "#dbe6f4", "#4a74ab"
@@ -123,7 +125,7 @@ def fine(axes: Axes) -> None:
     text(axes, middle, 2.5, "the class and 15 codes: 16 positions in place of 4,\nthe same weights", 8.5, SOFT)
 
 
-def schedule(axes: Axes, stages: list[Stage]) -> None:
+def schedule(axes: Axes, levels: list[Level]) -> None:
     """Below: epochs to the right, positions an image upwards, so that the area is what training costs."""
     left, width, bottom, height = 0.96, 6.3, 0.52, 0.92
     text(axes, 0.25, 1.72, f"Schedule for {SIDE}×{SIDE} codes: the area is the cost", 10.5, weight="bold", ha="left")
@@ -132,16 +134,16 @@ def schedule(axes: Axes, stages: list[Stage]) -> None:
         return left + width * epoch / EPOCHS
 
     axes.add_patch(Rectangle((left, bottom), width, height, facecolor="#f6f8fa", edgecolor=SOFT, linewidth=0.8, ls=":"))
-    for stage, colour in zip(stages, LEVELS, strict=True):
-        positions = (SIDE // stage.patch) ** 2
+    for level, colour in zip(levels, LEVELS, strict=True):
+        positions = (SIDE // level.patch) ** 2
         top = height * positions / SIDE**2
-        x, wide = at(stage.start), at(stage.stop) - at(stage.start)
+        x, wide = at(level.start), at(level.stop) - at(level.start)
         axes.add_patch(Rectangle((x, bottom), wide, top, facecolor=colour, edgecolor="white", linewidth=0.8))
-        name = f"{stage.patch}×{stage.patch} patches" if stage.patch > 1 else "single codes"
-        full = stage.patch == 1
+        name = f"{level.patch}×{level.patch} patches" if level.patch > 1 else "single codes"
+        full = level.patch == 1
         middle = bottom + (top / 2 if full else 0.45)
         text(axes, x + wide / 2, middle, f"{name}\n{positions} positions", 8.5, "white" if full else INK)
-    for epoch in (0, *(stage.stop for stage in stages)):
+    for epoch in (0, *(level.stop for level in levels)):
         axes.plot([at(epoch)] * 2, [bottom - 0.05, bottom], color=SOFT, linewidth=0.8)
         text(axes, at(epoch), bottom - 0.16, str(epoch), 8.5, SOFT)
     text(axes, left + width / 2, bottom - 0.36, "epoch", 8.5, SOFT)
@@ -149,7 +151,7 @@ def schedule(axes: Axes, stages: list[Stage]) -> None:
     text(axes, left - 0.12, bottom + height, str(SIDE**2), 8.5, SOFT, ha="right")
     text(axes, left - 0.12, bottom, "0", 8.5, SOFT, ha="right")
     text(axes, left - 0.5, bottom + height / 2, "positions\nan image", 8.5, SOFT, rotation=90)
-    text(axes, 8.55, bottom + 0.62, f"{relative_cost(stages):.3f}", 20, EDGE, weight="bold")
+    text(axes, 8.55, bottom + 0.62, f"{relative_cost(levels):.3f}", 20, EDGE, weight="bold")
     text(axes, 8.55, bottom + 0.2, "of the cost of\nnext-token training", 9, SOFT)
 
 
@@ -160,14 +162,18 @@ def draw() -> Figure:
     axes.axis("off")
     coarse(axes)
     fine(axes)
-    schedule(axes, patch_stages(EPOCHS, 3, 0.5))
+    schedule(axes, patch_levels(EPOCHS, 3, 0.5))
     return figure
 
 
+class MethodSettings(Settings):
+    """The settings of this drawing; see --help."""
+
+    out: Path = setting(Path("assets/method.png"), "the picture", positional=True)
+
+
 def main() -> None:
-    parser = cli.Parser(__doc__.splitlines()[0])
-    parser.add_argument("out", nargs="?", type=Path, default=Path("assets/method.png"))
-    out = parser.parse_args().out
+    out = check_output(MethodSettings.from_command_line(__doc__).out, SUFFIXES)
     with atomic_path(out) as temporary:
         draw().savefig(temporary, dpi=DPI, metadata={"Software": None})
     print(f"wrote {out}")
