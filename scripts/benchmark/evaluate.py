@@ -1,39 +1,52 @@
-"""Time and memory of an evaluation: everything but the network at full size, and the network's images a second.
+"""Evaluation: time and memory of everything but the network at full size, and the network's images a second.
 
-    python scripts/benchmark/evaluate.py --samples 50000 --references 10000 --network-images 128
+    python -m scripts.benchmark.evaluate --samples 50000 --references 10000 --network-images 128
 
-Images of noise are written to a temporary .npz and read back as the evaluator reads them; a stub gives random features for
+Images of noise are written to a temporary .npz and read back as the evaluator reads them. A stub gives random features for
 them, and the time that it takes is left out. The network is Inception's graph with random weights, or --inception PATH.
-Peak memory is the process's own; each part runs in a process of its own. --sqrtm also times the matrix square root that
-the published evaluator takes, twice, on the same covariances.
+Peak memory is the process's own; network and figures run in a process each. --sqrtm also times the matrix square root
+that the published evaluator takes, twice, on the same covariances.
 """
 
-import json
-import multiprocessing
-import resource
 import tempfile
 import time
-from argparse import Namespace
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 import torch
-from card import card, finish
 
 from evaluations.c2i import metrics
-from evaluations.c2i.features import Extracted, extract
-from evaluations.c2i.inception import BACKENDS, CLASSES, POOL_SIZE, SPATIAL_SIZE, InceptionNetwork
+from evaluations.c2i.features import extract
+from evaluations.c2i.inception import BACKENDS, CLASSES, POOL_SIZE, SPATIAL_SIZE, load_inception
 from evaluations.c2i.manifold import Manifold, precision_recall
-from evaluations.c2i.stand_in import write_stand_in
+from evaluations.c2i.testdata.stand_in import write_stand_in
+from scripts.benchmark import harness
+from scripts.benchmark.harness import CPU
 from utils import cli, samples
+from utils.distributed import best_device
+from utils.machine import peak_memory
 from utils.samples import Samples
+from utils.settings import ExistingFile, ExistingFolder, PositiveInt, Settings, one_of, setting
 
-PUBLISHED = Path(__file__).parents[2] / "evaluations" / "c2i" / "testdata" / "evaluator.json"
 DISTINCT = 256  # noise images; they are repeated
+
+
+class EvaluationBenchmarkSettings(Settings):
+    """The settings of this benchmark; see --help."""
+
+    samples: PositiveInt = setting(50000)
+    references: PositiveInt = setting(10000)
+    image_size: PositiveInt = setting(256)
+    network_images: PositiveInt = setting(128, "measured images of the network")
+    inception: ExistingFile | None = setting(None, "classify_image_graph_def.pb; default: random weights")
+    backend: one_of(BACKENDS) = setting("torch")
+    folder: ExistingFolder | None = setting(
+        None, "for the temporary .npz (10 GB for 50,000 of 256 px); default: the system's temporary folder"
+    )
+    sqrtm: bool = setting(False, "also time the published way to FID")
 
 
 class Stub:
@@ -53,9 +66,9 @@ class Stub:
         common_NR = self.rng.standard_normal((n, 64), np.float32)
         noise_ND = self.rng.standard_normal((n, POOL_SIZE), np.float32)
         features_ND = np.abs(noise_ND * self.spread_D + common_NR @ self.weights_RD * 0.3)
-        found = features_ND, common_NR @ self.logits_RC, features_ND[:, :SPATIAL_SIZE] + 0.1
+        outputs = features_ND, common_NR @ self.logits_RC, features_ND[:, :SPATIAL_SIZE] + 0.1
         self.seconds += time.perf_counter() - start
-        return found
+        return outputs
 
     def check_size(self, samples: Samples) -> None:
         """Images of any size will do."""
@@ -65,118 +78,76 @@ def noise(n: int, size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (n, size, size, 3), np.uint8)
 
 
-def write_noise(path: Path, n: int, size: int) -> None:
+def write_noise(path: Path, n: int, size: int) -> Samples:
     images = noise(min(n, DISTINCT), size)
     batches = (images[: min(DISTINCT, n - start)] for start in range(0, n, DISTINCT))
     samples.write(path, batches, (n, size, size, 3), np.zeros(n))
+    return Samples(path)
 
 
-class Clock:
-    """Seconds a phase, and the process's peak memory after it."""
+class Phases(list):
+    """A row a phase: seconds, and the process's peak memory after it."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.rows, self.device = [], device
-
-    def __call__(self, phase: str, call: Callable[[], Any], less: Callable[[], float] = lambda: 0.0) -> Any:
-        start, before = time.perf_counter(), less()
-        found = call()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        seconds = time.perf_counter() - start - (less() - before)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        self.rows.append({"phase": phase, "seconds": seconds, "peak_rss_mib": peak})
-        print(f"{phase:<44} {seconds:>9.2f} s {peak:>9.0f} MiB", flush=True)
-        return found
+    def run(self, name: str, call: Callable[[], Any], device: torch.device) -> Any:
+        seconds, result = harness.timed(call, device)
+        self.append({"phase": name, "seconds": seconds, "peak GB": peak_memory(CPU) / 1e9})
+        return result
 
 
-def all_but_the_network(args: Namespace, device: torch.device, folder: Path) -> list[dict[str, Any]]:
-    """A row a phase."""
-    clock, found = Clock(device), {}
-    for side, n in (("reference", args.references), ("samples", args.samples)):
-        path, stub = folder / f"{side}.npz", Stub(device, len(side))
-        write_noise(path, n, args.image_size)
-        images = Samples(path)
-        extracted: Extracted = clock(
-            f"{side}: read {n} images of {args.image_size} px, sFID moments",
-            lambda images=images, stub=stub: extract(stub, images, 128, show=False),
-            lambda stub=stub: stub.seconds,
-        )
-        path.unlink()
-        pool = clock(
-            f"{side}: FID moments", lambda extracted=extracted: metrics.moments_of(extracted.features_ND, device)
-        )
-        found[side] = extracted, pool
-    (reference, pool), (others, other_pool) = found["reference"], found["samples"]
-    clock("Inception Score", lambda: metrics.inception_score(others.logits_NC))
-    clock("Inception Score, shuffled and in one split", lambda: [
-        metrics.inception_score(others.logits_NC, shuffle_seed=0), metrics.inception_score(others.logits_NC, None)
-    ])  # fmt: skip
-    clock("FID", lambda: metrics.frechet_distance(pool, other_pool))
-    clock("sFID", lambda: metrics.frechet_distance(reference.spatial, others.spatial))
-    clock("precision and recall", lambda: precision_recall(
+def figures(s: EvaluationBenchmarkSettings, device: torch.device, folder: Path) -> Phases:
+    """Everything but the network."""
+    phases = Phases()
+    run = partial(phases.run, device=device)
+    sides = []
+    for side, n in (("reference", s.references), ("samples", s.samples)):
+        images, stub = write_noise(folder / f"{side}.npz", n, s.image_size), Stub(device, len(side))
+        extracted = run(f"{side}: read {n} images, sFID moments", partial(extract, stub, images, 128, show=False))
+        phases[-1]["seconds"] -= stub.seconds
+        images.path.unlink()
+        pool = run(f"{side}: FID moments", partial(metrics.moments_of, extracted.features_ND, device))
+        sides.append((extracted, pool))
+    (reference, pool), (others, other_pool) = sides
+    logits_NC = others.logits_NC
+    run("Inception Score", partial(metrics.inception_score, logits_NC))
+    run("Inception Score, shuffled", partial(metrics.inception_score, logits_NC, shuffle_seed=0))
+    run("Inception Score, one split", partial(metrics.inception_score, logits_NC, None))
+    run("FID", partial(metrics.frechet_distance, pool, other_pool))
+    run("sFID", partial(metrics.frechet_distance, reference.spatial, others.spatial))
+    run("precision and recall", lambda: precision_recall(
         *(Manifold(side.features_ND, device=device) for side in (reference, others))
     ))  # fmt: skip
-    if args.sqrtm:
+    if s.sqrtm:
+        import scipy.linalg  # here, as nothing else needs it
+
         product_DD = pool.covariance_DD @ other_pool.covariance_DD
-        clock("published: scipy sqrtm, for FID", lambda: scipy.linalg.sqrtm(product_DD))
-    return clock.rows
+        run("published: scipy sqrtm, for FID", partial(scipy.linalg.sqrtm, product_DD))
+    return phases
 
 
-def network_alone(args: Namespace, device: torch.device, folder: Path) -> list[dict[str, Any]]:
-    """Images a second of the network, after one batch that is left out."""
-    clock = Clock(device)
-    network = InceptionNetwork(args.inception or write_stand_in(folder / "graph.pb"), device, args.backend)
-    n = network.batch_size
-    images = noise(n, args.image_size)
-    network(images[:n])
-    rounds = -(-args.network_images // n)
-    clock(f"network ({args.backend}), {rounds * n} images", lambda: [network(images) for _ in range(rounds)])
-    clock.rows[-1]["images_per_s"] = rounds * n / clock.rows[-1]["seconds"]
-    return clock.rows
+def network(s: EvaluationBenchmarkSettings, device: torch.device, folder: Path) -> Phases:
+    """The network alone, after one batch that is left out."""
+    phases = Phases()
+    inception = load_inception(s.inception or write_stand_in(folder / "graph.pb"), device, s.backend)
+    batch = min(inception.batch_size, s.network_images)
+    images, rounds = noise(batch, s.image_size), -(-s.network_images // batch)
+    inception(images)
+    phases.run(f"network ({s.backend})", lambda: [inception(images) for _ in range(rounds)], device)
+    phases[-1]["images/s"] = rounds * batch / phases[-1]["seconds"]
+    return phases
 
 
-def published_rows() -> list[str]:
-    """What the published script took for 400 and 360 images, on the two shared cores it was run on."""
-    phases = json.loads(PUBLISHED.read_text())["cases"]["small64"]["phases"]
-    return [f"{name:<44} {row['seconds']:>9.2f} s {row['peak_rss_mib']:>9} MiB" for name, row in phases.items()]
-
-
-def in_a_process(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a fresh process, so that its peak memory is its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(call, *arguments).result()
-
-
-def main() -> None:
-    parser = cli.Parser(__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--samples", type=cli.positive_int, default=50000)
-    add("--references", type=cli.positive_int, default=10000)
-    add("--image-size", type=cli.positive_int, default=256)
-    add("--network-images", type=cli.positive_int, default=128, help="measured images")
-    add("--inception", type=cli.existing_file, help="classify_image_graph_def.pb; default: random weights")
-    add("--backend", choices=BACKENDS, default="torch")
-    add(
-        "--folder",
-        type=cli.existing_folder,
-        help="for the temporary .npz (10 GB for 50,000 of 256 px); default: the system's",
-    )
-    add("--sqrtm", action="store_true", help="also time the published way to FID")
-    args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    machine = card(device)
-    print(machine)
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        network = in_a_process(network_alone, args, device, Path(folder))
-        rest = in_a_process(all_but_the_network, args, device, Path(folder))
-    seconds = sum(row["seconds"] for row in rest if not row["phase"].startswith("published"))
-    rate = network[-1]["images_per_s"]
-    whole = seconds + (args.samples + args.references) / rate
-    print(f"{rate:.2f} images a second; {seconds:.1f} s beside the network; {whole / 60:.1f} minutes in all")
-    print("\nThe published script, 400 and 360 images of 64 px, on the machine of testdata/evaluator.json:")
-    print("\n".join(published_rows()))
-    finish({**machine, "benchmark": "evaluate", **{key: str(value) for key, value in vars(args).items()},
-            "images_per_s": rate, "seconds_beside": seconds, "rows": network + rest})  # fmt: skip
+def main(arguments: list[str] | None = None) -> None:
+    s = EvaluationBenchmarkSettings.from_command_line(__doc__, arguments)
+    device = best_device()
+    machine = harness.start(device)
+    with tempfile.TemporaryDirectory(dir=s.folder) as folder:
+        rows = [row for part in (network, figures) for row in harness.in_a_process(part, s, device, Path(folder))]
+    harness.table(rows, {"phase": "s", "seconds": ".2f", "peak GB": ".2f"})
+    rate = rows[0]["images/s"]
+    beside = sum(row["seconds"] for row in rows[1:] if not row["phase"].startswith("published"))
+    minutes = (beside + (s.samples + s.references) / rate) / 60
+    print(f"{rate:.2f} images a second; {beside:.1f} s beside the network; {minutes:.1f} minutes in all")
+    harness.finish("evaluate", machine, s, images_per_s=rate, seconds_beside=beside, rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,58 +1,52 @@
-"""How fast codes are drawn, beside what the machine allows and beside simpler loops, and what is spent on what.
+"""Sampling: how fast codes are drawn beside what the machine allows, what loading weights and writing images take.
 
-    python scripts/benchmark/sample.py --gpt-model GPT-B --batch-sizes 8 --loops cached full
-    python scripts/benchmark/sample.py --gpt-model GPT-L --batch-sizes 16 128             # on a GPU
+    python -m scripts.benchmark.sample --gpt-model GPT-B --batch-sizes 8
+    python -m scripts.benchmark.sample --gpt-model GPT-L --batch-sizes 16 128                     # on a GPU
+    python -m scripts.benchmark.sample --measure loading --gpt-model GPT-XXL
+    python -m scripts.benchmark.sample --measure writing
 
-The limit of a step is the longer of two times: its products at the matmul rate, and the weights and caches that it reads at
-the rate at which memory is copied, both measured in the same run. The loops draw the same images: `cached` is a plain
-eager loop over the model's own layers with caches that grow, `full` runs the whole sequence again for each code.
+decoding: the limit of a step is the longer of two times: its products at the matmul rate, and the weights and caches that
+it reads at the rate at which memory is copied, both measured in the same run. A plain eager loop over the model's own
+layers, with caches that grow, draws the same images beside it.
+loading: bf16 weights (all equal: nothing depends on them) in one .pt and in several safetensors files, each loaded in a
+process of its own; needs them twice on disk and twice in memory. writing: images of noise go through the sampler's own
+files and are read back.
 """
 
-import argparse
 import statistics
-import time
-from collections.abc import Callable
+import tempfile
+from collections import deque
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from card import card, finish
 from torch import Tensor
 
-from autoregressive.models.generate import Decoder, PackedLinear, draw, guidance_scales, probabilities
+from autoregressive.models.cpu import PackedLinear
+from autoregressive.models.generate import Decoder, image_uniforms
 from autoregressive.models.gpt import PRESETS, Transformer, preset
-from tokenizer.tokenizer_image import vq_model
-from utils import cli, streams
+from autoregressive.models.guidance import draw, guidance_scales, probabilities
+from autoregressive.models.load import GPT
+from autoregressive.sample.sample_c2i_ddp import Parts
+from scripts.benchmark import harness
+from scripts.benchmark.harness import CPU
+from tokenizer.tokenizer_image import vq_model as vq
+from utils import checkpoint, cli, samples
 from utils.distributed import best_device, precision_dtype
-from utils.machine import copy_rate, durations, matmul_rate
+from utils.log import progress
+from utils.machine import copy_rate, durations, matmul_rate, peak_memory, reset_peak_memory, use_compile
 from utils.pixels import to_uint8
+from utils.settings import AtLeastOne, ExistingFolder, PositiveInt, Settings, one_of, setting
 
 
-def packed_rate(device: torch.device, dtype: torch.dtype, rows: int = 2048) -> float | None:
-    """FLOP/s of the packed layer that decoding uses on a CPU, on a square product; None where there is none."""
-    linear = torch.nn.Linear(rows, rows, bias=False, device=device, dtype=dtype)
-    if not PackedLinear.fits(linear.weight):
-        return None
-    packed, x = PackedLinear(linear), torch.randn(rows, rows)
-    return 2 * rows**3 / min(durations(lambda: packed(x), 10, device))
-
-
-def step_limit(model: Transformer, batch: int, guided: bool, dtype: torch.dtype) -> dict[str, float]:
-    """FLOPs, and bytes read, of the mean step of an image: products with the weights and the caches."""
-    c, rows = model.config, 2 * batch if guided else batch
-    body = sum(p.numel() for layer in model.layers for p in layer.parameters())
-    head = c.dim * c.vocab_size
-    cached = c.n_layer * 2 * rows * c.kv_heads * c.head_dim * (c.block_size + 1) / 2
-    flops = 2 * (body * rows + head * batch + cached * c.n_head / c.kv_heads)
-    return {"flops": flops, "bytes": dtype.itemsize * (body + head + cached)}
-
-
-def cached_loop(model: Transformer, labels_B: Tensor, uniforms_BL: Tensor, cfg_scale: float) -> Tensor:
+def plain_loop(model: Transformer, labels_B: Tensor, uniforms_BL: Tensor, cfg_scale: float) -> Tensor:
     """The straightforward way: eager layers, caches that are concatenated, two rows an image, logits guided."""
-    null = torch.full_like(labels_B, model.config.num_classes)
-    h_RLD = model.cls_embedding.embedding_table(torch.cat((labels_B, null)))[:, None]
+    labels_R = torch.cat((labels_B, torch.full_like(labels_B, model.config.num_classes)))
+    h_RLD = model.cls_embedding.embedding_table(labels_R)[:, None]
     caches: list[tuple[Tensor, Tensor] | None] = [None] * len(model.layers)
 
     def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -71,138 +65,208 @@ def cached_loop(model: Transformer, labels_B: Tensor, uniforms_BL: Tensor, cfg_s
     return torch.stack(codes, dim=1)
 
 
-def full_loop(model: Transformer, labels_B: Tensor, uniforms_BL: Tensor, cfg_scale: float) -> Tensor:
-    """Without caches: all positions again for each code. What the others must agree with."""
-    B, L = uniforms_BL.shape
-    null = torch.full_like(labels_B, model.config.num_classes)
-    codes_BL = torch.zeros(B, L, dtype=torch.int64, device=labels_B.device)
-    rope = model.rope_table(model.config.block_size)
-    for t in range(L):
-        h_RLD = model.embed(codes_BL[:, :t, None].repeat(2, 1, 1), torch.cat((labels_B, null)))
-        last = model.output(model.hidden(h_RLD, rope[: t + 1])[:, -1]).float()
-        conditional, unconditional = last.chunk(2)
-        logits_BV = unconditional + (conditional - unconditional) * cfg_scale
-        codes_BL[:, t] = draw(probabilities(logits_BV), uniforms_BL[:, t])
-    return codes_BL
+class SampleBenchmarkSettings(Settings):
+    """The settings of this benchmark; see --help."""
+
+    measure: list[one_of(("decoding", "loading", "writing"))] = setting(["decoding"])
+    gpt_model: one_of(PRESETS) = setting("GPT-B", "of decoding and loading")
+    batch_sizes: list[PositiveInt] = setting([1, 8, 32], "of decoding")
+    image_tokens: PositiveInt = setting(256, "codes an image")
+    vocab_size: PositiveInt = setting(16384)
+    cfg_scale: AtLeastOne = setting(2.0)
+    precision: one_of(("auto", "fp32", "bf16", "fp16")) = setting("auto", "of decoding")
+    compile: bool | None = setting(None, "torch.compile in decoding (default: on GPUs)")
+    loop: bool = setting(True, "also time a plain loop, and compare its codes")
+    repeats: PositiveInt = setting(3, "of a batch; the median is reported")
+    vq_model: one_of(vq.PRESETS) = setting("VQ-16")
+    images: PositiveInt = setting(50000, "images to write")
+    image_size: PositiveInt = setting(256, "of the images to write")
+    write_batch: PositiveInt = setting(32, "images a part")
+    folder: ExistingFolder | None = setting(None, "where files are written; default: the system's temporary folder")
 
 
-LOOPS = {"cached": cached_loop, "full": full_loop}
+def packed_rate(device: torch.device, dtype: torch.dtype, rows: int = 2048) -> float:
+    """FLOP/s of the packed layer that decoding uses on a CPU, on a square product; 0 where there is none."""
+    linear = torch.nn.Linear(rows, rows, bias=False, device=device, dtype=dtype)
+    if not PackedLinear.fits(linear.weight):
+        return 0.0
+    packed, x = PackedLinear(linear), torch.randn(rows, rows)
+    return 2 * rows**3 / min(durations(lambda: packed(x), 10, device))
 
 
-def seconds(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start, result
+def step_work(model: Transformer, batch: int, guided: bool, dtype: torch.dtype) -> tuple[float, float]:
+    """FLOPs, and bytes read, of the mean step of an image: products with the weights and the caches."""
+    c, rows = model.config, 2 * batch if guided else batch
+    body = sum(p.numel() for layer in model.layers for p in layer.parameters())
+    head = c.dim * c.vocab_size
+    cached = c.n_layer * 2 * rows * c.kv_heads * c.head_dim * (c.block_size + 1) / 2
+    flops = 2 * (body * rows + head * batch + cached * c.n_head / c.kv_heads)
+    return flops, dtype.itemsize * (body + head + cached)
 
 
 @torch.inference_mode()
-def measure(args: argparse.Namespace, model: Transformer, batch: int, device: torch.device, dtype: torch.dtype) -> dict:
-    """A batch: the decoder's first call and its median afterwards, and the loops beside it."""
+def decoding(s: SampleBenchmarkSettings, model: Transformer, batch: int, dtype: torch.dtype) -> dict[str, Any]:
+    """A batch: the decoder's first call and its median afterwards, the limits of a step, and the plain loop."""
+    device, codes = model.output.weight.device, model.config.block_size
     labels = torch.arange(batch, device=device) % model.config.num_classes
-    codes = model.config.block_size
-    uniforms = torch.from_numpy(streams.uniform(0, streams.SAMPLE, np.arange(batch)[:, None], np.arange(codes))).to(
-        device
-    )
-    decoder = Decoder(model, batch, dtype, args.compile)
-    scales = guidance_scales(codes, args.cfg_scale)
-    run = partial(decoder, labels, uniforms, scales)
-    first, drawn = seconds(run, device)
+    uniforms = image_uniforms(0, np.arange(batch), codes).to(device)
+    decoder = Decoder(model, batch, dtype, use_compile(s.compile, device))
+    scales = guidance_scales(codes, s.cfg_scale)
+    draw_batch = partial(harness.timed, lambda: decoder(labels, uniforms, scales), device)
+    first, drawn = draw_batch()
     runs = []
-    for _ in range(args.repeats):
-        limits = [matmul_rate(device, dtype), packed_rate(device, dtype), copy_rate(device)]
-        runs.append((*limits, seconds(run, device)[0]))
-    matmul, packed, copied = (max(row[i] or 0 for row in runs) for i in range(3))
+    for _ in range(s.repeats):
+        rates = matmul_rate(device, dtype), packed_rate(device, dtype), copy_rate(device)
+        runs.append((*rates, draw_batch()[0]))
+    matmul, packed, copied = (max(row[i] for row in runs) for i in range(3))
     taken = statistics.median(row[-1] for row in runs)
-    work = step_limit(model, batch, args.cfg_scale > 1, dtype)
-    limit = {
-        name: max(work["flops"] / rate, work["bytes"] / copied)
-        for name, rate in (("matmul", matmul), ("packed", max(matmul, packed)))
-    }
-    late = guidance_scales(codes, max(args.cfg_scale, 2.0), interval=(codes - 1, codes))
-    alone = guidance_scales(codes, 1.0)
+    flops, read = step_work(model, batch, s.cfg_scale > 1, dtype)
+    limit, packed_limit = (max(flops / rate, read / copied) for rate in (matmul, max(matmul, packed)))
     row = {
-        "batch": batch, "seconds": taken, "first": first, "step": taken / codes,
-        "codes_per_s": batch * codes / taken, "images_per_s": batch / taken,
-        "limit": limit["matmul"], "share": limit["matmul"] / (taken / codes),
-        "limit_packed": limit["packed"], "share_packed": limit["packed"] / (taken / codes),
-        "matmul_flops": matmul, "packed_flops": packed, "copy_bytes": copied, **work,
-        "unguided": statistics.median(seconds(partial(decoder, labels, uniforms, alone), device)[0] for _ in range(2)),
-        # one pass over all positions of the unconditional half, and one guided step
-        "prefill": seconds(partial(decoder, labels, uniforms, late), device)[0],
+        "batch": batch, "ms/position": 1e3 * taken / codes, "codes/s": batch * codes / taken, "images/s": batch / taken,
+        "first call": first - taken, "limit ms": 1e3 * limit, "of limit": limit * codes / taken,
+        "of packed limit": packed_limit * codes / taken, "matmul GFLOP/s": matmul / 1e9, "packed GFLOP/s": packed / 1e9,
+        "copy GB/s": copied / 1e9,
     }  # fmt: skip
-    row["prefill"] -= row["unguided"]
-    plain = model.to(dtype)
-    plain.rope = plain.rope.float()
-    for name in args.loops:
-        row[f"{name}_seconds"], theirs = seconds(
-            partial(LOOPS[name], plain, labels, uniforms, args.cfg_scale), device
-        )  # fmt: skip
-        row[f"{name}_same_codes"] = float((theirs == drawn).float().mean())
+    if s.loop:
+        plain = model.to(dtype)
+        plain.rope = plain.rope.float()
+        loop, theirs = harness.timed(lambda: plain_loop(plain, labels, uniforms, s.cfg_scale), device)
+        row["loop x"], row["same codes"] = loop / taken, float((theirs == drawn).float().mean())
     return row
 
 
 @torch.inference_mode()
-def measure_tokenizer(name: str, codes: int, batch: int, device: torch.device) -> float:
+def pixels(name: str, codes: int, batch: int, device: torch.device) -> float:
     """Seconds an image, from codes to uint8."""
-    tokenizer = vq_model.VQModel(vq_model.preset(name)).to(device, memory_format=torch.channels_last).eval()
+    tokenizer = vq.VQModel(vq.preset(name)).to(device, memory_format=torch.channels_last).eval()
     drawn = torch.randint(tokenizer.config.codebook_size, (batch, codes), device=device)
     return statistics.median(durations(lambda: to_uint8(tokenizer.decode_code(drawn)).cpu(), 3, device, 1)) / batch
 
 
-def report(row: dict[str, Any], loops: list[str]) -> None:
-    print(
-        f"batch {row['batch']}: {row['step'] * 1e3:.2f} ms a position, {row['codes_per_s']:.0f} codes/s, "
-        f"{row['images_per_s']:.3f} images/s; first call {row['first'] - row['seconds']:.1f} s more\n"
-        f"  {row['share']:.0%} of the limit of {row['limit'] * 1e3:.2f} ms: {row['flops'] / 1e9:.2f} GFLOP at matmul's "
-        f"{row['matmul_flops'] / 1e9:.0f} GFLOP/s, {row['bytes'] / 1e9:.2f} GB at copy's {row['copy_bytes'] / 1e9:.0f} GB/s"
-    )
-    if row["packed_flops"]:
-        print(f"  {row['share_packed']:.0%} at the packed layer's own rate, {row['packed_flops'] / 1e9:.0f} GFLOP/s")
-    print(
-        f"  a batch takes {row['seconds']:.2f} s, without guidance {row['unguided']:.2f} s; "
-        f"the unconditional half's caches in one pass {max(0, row['prefill']):.2f} s"
-    )
-    for name in loops:
-        slower = row[f"{name}_seconds"] / row["seconds"]
-        print(f"  {name} loop: {slower:.1f}x as long; {row[f'{name}_same_codes']:.2%} of its codes are the same")
-
-
-def main() -> None:
-    parser = cli.Parser(__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--gpt-model", choices=PRESETS, default="GPT-B")
-    add("--batch-sizes", type=cli.positive_int, nargs="+", default=[1, 8, 32])
-    add("--image-tokens", type=cli.positive_int, default=256)
-    add("--vocab-size", type=cli.positive_int, default=16384)
-    add("--cfg-scale", type=cli.at_least_one, default=2.0)
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
-    add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    add("--loops", choices=LOOPS, nargs="*", default=["cached"], help="simpler loops to time, and compare codes with")
-    add("--repeats", type=cli.positive_int, default=3)
-    add("--vq-model", choices=vq_model.PRESETS, default="VQ-16")
-    args = parser.parse_args()
-    device = best_device()
-    dtype = precision_dtype(args.precision, device)
-    machine = card(device)
+def measure_decoding(s: SampleBenchmarkSettings, device: torch.device) -> dict[str, Any]:
+    dtype = precision_dtype(s.precision, device)
     torch.manual_seed(0)
-    model = (
-        Transformer(preset(args.gpt_model, vocab_size=args.vocab_size, block_size=args.image_tokens)).to(device).eval()
-    )
+    config = preset(s.gpt_model, vocab_size=s.vocab_size, block_size=s.image_tokens)
+    model = Transformer(config).to(device).eval()
     torch.nn.init.normal_(model.output.weight, std=0.02)  # zeros, as it starts, would make every code as likely
-    print(
-        f"{machine}\n{args.gpt_model}, {args.image_tokens} codes, guidance {args.cfg_scale}, {dtype}, compile {args.compile}"
-    )
-    rows = []
-    for batch in args.batch_sizes:
-        row = measure(args, model, batch, device, dtype)
-        rows.append(row)
-        report(row, args.loops)
+    print(f"{s.gpt_model}, {s.image_tokens} codes, guidance {s.cfg_scale}, {dtype}")
+    rows = [decoding(s, model, batch, dtype) for batch in s.batch_sizes]
+    loop = {"loop x": ".1f", "same codes": ".2%"} if s.loop else {}
+    harness.table(rows, {
+        "batch": "d", "ms/position": ".2f", "codes/s": ".0f", "images/s": ".3f", "first call": ".1f", "limit ms": ".2f",
+        "of limit": ".0%", "of packed limit": ".0%", "matmul GFLOP/s": ".0f", "packed GFLOP/s": ".0f", "copy GB/s": ".0f",
+        **loop,
+    })  # fmt: skip
     side = 1 if device.type == "cpu" else 32
-    tokenizer = measure_tokenizer(args.vq_model, args.image_tokens, side, device)
-    print(f"tokenizer {args.vq_model}: {tokenizer:.3f} s an image in batches of {side}")
-    finish({**machine, "benchmark": "sample", **vars(args), "rows": rows, "tokenizer_seconds": tokenizer})
+    seconds = pixels(s.vq_model, s.image_tokens, side, device)
+    print(f"{s.vq_model}: {seconds:.3f} s an image from codes to pixels, {side} at once")
+    return {"decoding": rows, "pixels_seconds": seconds}
+
+
+def write_weights(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[list[Path], int]:
+    """A preset's weights as a .pt file and as a folder of safetensors of 1 GB; the paths, and the bytes of the weights."""
+    config = preset(name)
+    shapes = {key: tuple(value.shape) for key, value in GPT.empty(config).state_dict().items()}
+    state = {key: torch.full(shape, 0.01, dtype=dtype) for key, shape in shapes.items()}
+    about = {"config": asdict(config), "gpt_model": name}
+    checkpoint.save(folder / "gpt.pt", {**about, "model": state})
+    checkpoint.save_folder(folder / "shards", state, about, "1GB")
+    return [folder / "gpt.pt", folder / "shards"], sum(t.numel() * t.element_size() for t in state.values())
+
+
+def load(path: Path, filled: bool, touch: bool) -> tuple[float, int]:
+    """Seconds, and bytes that this process had at most beyond what it had before.
+
+    filled: make a model first, then copy the file's tensors into it. touch: read every weight.
+    """
+
+    def call() -> Transformer:
+        if not filled:
+            return GPT.from_pretrained(path)
+        content = checkpoint.load(path)
+        torch.set_default_dtype(next(iter(content["model"].values())).dtype)
+        model = Transformer(preset(content["gpt_model"]))
+        model.load_state_dict(checkpoint.state_dict(content))
+        torch.set_default_dtype(torch.float32)
+        return model
+
+    reset_peak_memory(CPU)
+    before = peak_memory(CPU)
+    seconds, model = harness.timed(call)
+    if touch:
+        more, _ = harness.timed(lambda: [int(p.data.view(torch.uint8).max()) for p in model.parameters()])
+        seconds += more
+    return seconds, peak_memory(CPU) - before
+
+
+WAYS: dict[str, tuple[bool, bool]] = {
+    "as the stages load it": (False, False),
+    "and every weight read": (False, True),
+    "made, then filled": (True, True),
+}
+
+
+def measure_loading(s: SampleBenchmarkSettings) -> list[dict[str, Any]]:
+    rows = []
+    with tempfile.TemporaryDirectory(dir=s.folder) as folder:
+        paths, size = write_weights(Path(folder), s.gpt_model)
+        for path in paths:
+            for way, flags in WAYS.items():
+                seconds, held = harness.in_a_process(load, path, *flags)
+                rows.append(
+                    {"file": path.name, "way": way, "GB": size / 1e9, "peak GB": held / 1e9, "seconds": seconds}
+                )
+    print(f"loading {s.gpt_model}")
+    harness.table(rows, {"file": "s", "way": "s", "GB": ".2f", "peak GB": ".2f", "seconds": ".2f"})
+    return rows
+
+
+def noise(part: range, size: int) -> np.ndarray:
+    """The images of a part, each a function of its number."""
+    return np.stack([np.random.Generator(np.random.PCG64(i)).integers(0, 256, (size, size, 3), np.uint8) for i in part])
+
+
+def read_whole(path: Path) -> int:
+    """The sum of the last image, by numpy, which has all of them in memory."""
+    with np.load(path) as file:
+        return int(file["arr_0"][-1].sum())
+
+
+def measure_writing(s: SampleBenchmarkSettings) -> dict[str, Any]:
+    n, size = s.images, s.image_size
+    labels = np.arange(n) % 1000
+    with tempfile.TemporaryDirectory(dir=s.folder) as folder:
+        out = Path(folder) / "samples.npz"
+        parts = Parts(out, labels, size)
+        reset_peak_memory(CPU)
+
+        def write_parts() -> None:
+            for part in progress(parts.missing(s.write_batch), desc="parts", unit=" parts"):
+                parts.write(part, noise(part, size))
+
+        row = {"images": n, "parts s": harness.timed(write_parts)[0]}
+        row[".npz s"], _ = harness.timed(lambda: samples.write(out, parts.read(), (n, size, size, 3), labels))
+        row["read s"], last = harness.timed(lambda: deque(samples.Samples(out).batches(256), maxlen=1).pop()[-1])
+        row |= {"GB": out.stat().st_size / 1e9, "peak GiB": peak_memory(CPU) / 2**30}
+        expected = noise(range(n - 1, n), size)[0]
+        row["as written"] = np.array_equal(last, expected) and harness.in_a_process(read_whole, out) == expected.sum()
+    harness.table([row], {"images": "d", "GB": ".2f", "parts s": ".1f", ".npz s": ".1f", "read s": ".1f",
+                          "peak GiB": ".2f", "as written": ""})  # fmt: skip
+    return {key: bool(value) if key == "as written" else value for key, value in row.items()}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    s = SampleBenchmarkSettings.from_command_line(__doc__, arguments)
+    device = best_device()
+    machine, results = harness.start(device), {}
+    if "decoding" in s.measure:
+        results |= measure_decoding(s, device)
+    if "loading" in s.measure:
+        results["loading"] = measure_loading(s)
+    if "writing" in s.measure:
+        results["writing"] = measure_writing(s)
+    harness.finish("sample", machine, s, **results)
 
 
 if __name__ == "__main__":

@@ -1,187 +1,228 @@
-"""Seconds a training step, by patch side: the saving that Next Patch Prediction promises, on this machine.
+"""Training: the cost of a step by patch side, and of a whole run, beside next-token training.
 
-    python scripts/benchmark/train.py --gpt-model GPT-B --batch-size 4 --patch-sizes 1 2 4 8
-    python scripts/benchmark/train.py --gpt-model GPT-L --batch-size 256 --modes compiled      # on a GPU
+    python -m scripts.benchmark.train --gpt-model GPT-B --batch-size 4 --patch-sizes 1 2 4 8
+    python -m scripts.benchmark.train --gpt-model GPT-L --batch-size 256 --compile                # on a GPU
+    python -m scripts.benchmark.train --measure runs --gpt-model GPT-B --batch-size 8
+    python -m scripts.benchmark.train --measure memory --gpt-model GPT-B --batch-size 2 --image-tokens 16 --vocab-size 64
 
-A step is what the trainer does: codes gathered from packed shards, forward, backward, clipping, AdamW. MFU counts 6 FLOPs
-for each matrix weight and position, and causal attention, against the matmul rate measured in the same run.
+steps: what the trainer does in a step, on random codes: gather them from packed shards, forward, backward, clipping,
+AdamW. MFU counts 6 FLOPs for each matrix weight and position, and causal attention, against the matmul rate measured in
+the same run. runs: the whole training command, with its start, checkpoints and curves. These cost the same at every level,
+so short runs show less of the saving than long ones. memory: what the first of two processes had resident, by ddp and fsdp,
+beyond what it has with GPT-XXS, beside what autoregressive.train.plan counts.
 """
 
-import argparse
+import itertools
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from card import card, finish
+from torch import Tensor
 
 from autoregressive.models.gpt import PRESETS, Transformer, preset
-from autoregressive.models.patches import grid_side, to_patches
-from autoregressive.train.optim import Objective, adamw, update
-from autoregressive.train.schedule import patch_stages, relative_cost
+from autoregressive.models.patches import grid_side
+from autoregressive.train import train_c2i
+from autoregressive.train.gpt_task import Data, GPTTask
+from autoregressive.train.memory import memory
+from autoregressive.train.plan import Plan
+from autoregressive.train.schedule import Level, patch_levels, relative_cost
 from dataset.codes import Codes, toy
-from dataset.sampler import epoch_batches
+from scripts.benchmark import harness
 from utils import cli
-from utils.distributed import autocast, precision_dtype
+from utils.distributed import World, autocast, best_device, precision_dtype
+from utils.engine import update
+from utils.log import read_metrics
 from utils.machine import keep_freed_memory, matmul_rate, peak_memory, reset_peak_memory
+from utils.runs import numbered_folders
+from utils.settings import Fraction, PositiveInt, Settings, one_of, setting
+from utils.task import EngineSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+RATE = 0.5  # of the schedules, as published
+DROPOUT = {"token_dropout_p": 0.1, "resid_dropout_p": 0.1, "ffn_dropout_p": 0.1}  # the trainer's defaults
 
 
-def synchronised_time(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+class TrainBenchmarkSettings(Settings):
+    """The settings of this benchmark; see --help."""
+
+    measure: list[one_of(("steps", "runs", "memory"))] = setting(["steps"])
+    gpt_model: one_of(PRESETS) = setting("GPT-S")
+    batch_size: PositiveInt = setting(16)
+    image_tokens: PositiveInt = setting(256, "codes an image")
+    vocab_size: PositiveInt = setting(16384)
+    mixed_precision: one_of(("auto", "fp32", "bf16")) = setting("auto")
+    patch_sizes: list[PositiveInt] = setting([1, 2, 4], "of the steps")
+    steps: PositiveInt = setting(10, "of each patch side; their medians are reported")
+    dropout_p: Fraction = setting(0.1, "of the steps")
+    activation_checkpointing: bool = setting(False, "in the steps")
+    compile: bool = setting(False, "torch.compile in the steps")
+    levels: list[PositiveInt] = setting([2], "patch levels of the runs")
+    epochs: PositiveInt = setting(4, "of a run")
+    steps_per_epoch: PositiveInt = setting(12, "of a run")
 
 
-class Step:
-    """One training step of a preset on random codes, timed in parts."""
-
-    def __init__(self, args: argparse.Namespace, codes: Codes, compiled: bool, device: torch.device) -> None:
-        self.codes, self.batch, self.device = codes, args.batch_size, device
-        config = preset(
-            args.gpt_model, vocab_size=args.vocab_size, block_size=args.image_tokens,
-            token_dropout_p=args.dropout_p, resid_dropout_p=args.dropout_p, ffn_dropout_p=args.dropout_p,
-        )  # fmt: skip
-        torch.manual_seed(0)
-        self.model = Transformer(config).to(device).train()
-        self.optimizer = adamw(self.model, 1e-4, 0.05, (0.9, 0.95))
-        self.objective = Objective(self.model, args.activation_checkpointing)
-        if compiled:
-            self.objective = torch.compile(self.objective, dynamic=False)
-        self.amp = partial(autocast, device, precision_dtype(args.mixed_precision, device))
-        self.selections = self._endless()
-
-    def _endless(self):
-        for epoch in range(10**6):
-            yield from epoch_batches(len(self.codes), self.codes.views, self.batch, seed=0, epoch=epoch, label_drop=0.1)
-
-    def data(self) -> tuple[torch.Tensor, torch.Tensor]:
-        selection = next(self.selections)
-        codes, labels = self.codes.batch(selection.indices, selection.views)
-        labels = np.where(selection.dropped, self.model.config.num_classes, labels)
-        return tuple(torch.from_numpy(a).to(self.device) for a in (codes, labels))
-
-    def gradients(self, patch: int) -> None:
-        """Forward and backward alone."""
-        codes, labels = self.data()
-        with self.amp():
-            loss = self.objective(to_patches(codes, patch), labels)
-        loss.backward()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def whole(self, patch: int) -> None:
-        update(
-            self.objective, self.optimizer, [self.data()], patch, lr=1e-4, max_grad_norm=1.0, autocast=self.amp
-        )  # fmt: skip
-
-
-def measure(step: Step, patch: int, steps: int, device: torch.device) -> dict:
-    """Medians over `steps`: the whole step, forward and backward alone, the wait for data; the first call apart."""
-    reset_peak_memory(device)
-    start = synchronised_time(device)
-    step.whole(patch)
-    first = synchronised_time(device) - start
-    times = {"seconds": [], "forward_backward": [], "data": []}
-    for _ in range(steps):
-        for key, call in (
-            ("seconds", step.whole),
-            ("forward_backward", step.gradients),
-            ("data", lambda _: step.data()),
-        ):
-            start = synchronised_time(device)
-            call(patch)
-            times[key].append(synchronised_time(device) - start)
-    return {key: statistics.median(values) for key, values in times.items()} | {
-        "first": first,
-        "memory_gb": peak_memory(device) / 1e9,
-    }
-
-
-def main() -> None:
-    parser = cli.Parser(__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--gpt-model", choices=PRESETS, default="GPT-S")
-    add("--batch-size", type=cli.positive_int, default=16)
-    add("--image-tokens", type=cli.positive_int, default=256)
-    add("--vocab-size", type=cli.positive_int, default=16384)
-    add("--patch-sizes", type=cli.positive_int, nargs="+", default=[1, 2, 4])
-    add("--modes", choices=("eager", "compiled"), nargs="+", default=["eager"])
-    add("--dropout-p", type=cli.fraction, default=0.1)
-    add("--activation-checkpointing", action="store_true")
-    add("--steps", type=cli.positive_int, default=10, help="measured steps; their median is reported")
-    add("--mixed-precision", choices=("auto", "fp32", "bf16"), default="auto")
-    args = parser.parse_args()
-    side = grid_side(args.image_tokens)
-    for patch in args.patch_sizes:
-        if side % patch:
-            raise cli.InputError(f"--patch-sizes {patch} does not divide the grid of {side}x{side} codes")
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = precision_dtype(args.mixed_precision, device)
-    keep_freed_memory()
-    machine, rows = card(device), []
-    print(f"{machine}\n{args.gpt_model}, batch {args.batch_size}, {args.image_tokens} codes, {dtype}")
-    print(
-        "mode      patch   s/step  to p=1  fwd+bwd  to p=1   ideal  images/s  positions/s    MFU  data    GB  first call"
+def write_codes(s: TrainBenchmarkSettings, folder: Path, images: int, size: int) -> None:
+    """Random codes of so many images, named toy{size}, in one packed shard."""
+    toy.write_codes(
+        folder, images=images, views=10, tokens=s.image_tokens, codebook=s.vocab_size, shard_size=images, size=size
     )
+
+
+def make_task(s: TrainBenchmarkSettings, codes: Codes, device: torch.device) -> GPTTask:
+    """Training of a fresh GPT; level i of its plan is step i, on the i-th largest patches."""
+    config = preset(
+        s.gpt_model, vocab_size=s.vocab_size, block_size=s.image_tokens,
+        token_dropout_p=s.dropout_p, resid_dropout_p=s.dropout_p, ffn_dropout_p=s.dropout_p,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Transformer(config).to(device).train()
+    levels = [Level(patch, i, i + 1) for i, patch in enumerate(sorted(set(s.patch_sizes), reverse=True))]
+    plan = Plan(levels, len(codes) // s.batch_size, lr=1e-4)
+    settings = EngineSettings(global_batch_size=s.batch_size)
+    return GPTTask(model, Data(codes), plan, settings, label_drop=0.1, recompute=s.activation_checkpointing)
+
+
+def step_costs(s: TrainBenchmarkSettings, device: torch.device) -> list[dict[str, Any]]:
+    """A row a patch side, fine to coarse: medians of a whole step, of forward and backward alone, of the wait for data."""
+    dtype, rows = precision_dtype(s.mixed_precision, device), []
     with tempfile.TemporaryDirectory() as folder:
-        images = max(4096, 4 * args.batch_size)
-        toy.write_codes(
-            Path(folder), images=images, views=10, tokens=args.image_tokens, codebook=args.vocab_size, shard_size=images
-        )
-        codes = Codes(folder, "toy", 32)
-        for mode in args.modes:
-            step = Step(args, codes, mode == "compiled", device)
-            mine = []
-            for patch in sorted(args.patch_sizes, reverse=True):  # as training goes
-                before = matmul_rate(device, dtype)
-                row = {"mode": mode, "patch": patch, **measure(step, patch, args.steps, device)}
-                rate = (before + matmul_rate(device, dtype)) / 2
-                flops = args.batch_size * step.model.config.training_flops(patch)
-                row |= {
-                    "images_per_s": args.batch_size / row["seconds"],
-                    "positions_per_s": args.batch_size * args.image_tokens / patch**2 / row["seconds"],
-                    "matmul_flops": rate,
-                    "mfu": flops / row["seconds"] / rate,
-                    "data_wait": row["data"] / row["seconds"],
-                }
-                mine.insert(0, row)
-            report(mine)
-            report_schedules(mine)
-            rows += mine
-    rates = [row["matmul_flops"] for row in rows]
-    print(f"matmul {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f} GFLOP/s")
-    finish({**machine, "benchmark": "train", **vars(args), "rows": rows})
+        write_codes(s, Path(folder), max(4096, 4 * s.batch_size), 32)
+        task = make_task(s, Codes(folder, "toy", 32), device)
+        world = World(0, 1, device)
+        batches = itertools.chain.from_iterable(task.batches(epoch, 0, world) for epoch in itertools.count())
+        objective = torch.compile(task.objective, dynamic=False) if s.compile else task.objective
+        amp = partial(autocast, device, dtype)
 
+        def data() -> list[Tensor]:
+            return [tensor.to(device) for tensor in next(batches)]
 
-def report(rows: list[dict]) -> None:
-    """A line a patch side, beside the finest one."""
-    base = rows[0]
+        def gradients(step: int) -> None:
+            with amp():
+                loss = task.loss(objective, data(), step)["loss"]
+            loss.backward()
+            task.optimizer.zero_grad(set_to_none=True)
+
+        def whole(step: int) -> None:
+            update(
+                lambda batch: task.loss(objective, batch, step), objective, task.optimizer, [data()], lr=1e-4,
+                max_grad_norm=1.0, amp=amp,
+            )  # fmt: skip
+
+        for step, (patch, *_) in enumerate(task.plan.levels):  # coarse to fine, as training goes
+            before = matmul_rate(device, dtype)
+            reset_peak_memory(device)
+            first, _ = harness.timed(lambda step=step: whole(step), device)
+            calls = (partial(whole, step), partial(gradients, step), data)
+            times = [[harness.timed(call, device)[0] for call in calls] for _ in range(s.steps)]
+            seconds, forward_backward, wait = map(statistics.median, zip(*times, strict=True))
+            memory, rate = peak_memory(device), (before + matmul_rate(device, dtype)) / 2
+            rows.insert(0, {
+                "patch": patch, "s/step": seconds, "fwd+bwd": forward_backward, "images/s": s.batch_size / seconds,
+                "positions/s": s.batch_size * s.image_tokens / patch**2 / seconds,
+                "MFU": s.batch_size * task.flops(step) / seconds / rate, "data wait": wait / seconds,
+                "GB": memory / 1e9, "first call": first, "matmul GFLOP/s": rate / 1e9,
+            })  # fmt: skip
     for row in rows:
-        row["ratio"] = row["seconds"] / base["seconds"]
-        row["ratio_forward_backward"] = row["forward_backward"] / base["forward_backward"]
-        row["ideal"] = (base["patch"] / row["patch"]) ** 2
-        print(
-            f"{row['mode']:<8} {row['patch']:>6} {row['seconds']:>8.3f} {row['ratio']:>7.3f} {row['forward_backward']:>8.3f} "
-            f"{row['ratio_forward_backward']:>7.3f} {row['ideal']:>7.4f} {row['images_per_s']:>9.1f} "
-            f"{row['positions_per_s']:>12.0f} {row['mfu']:>6.1%} {row['data_wait']:>5.1%} {row['memory_gb']:>5.1f} "
-            f"{row['first']:>10.1f}s"
-        )
+        row["of p1"] = row["s/step"] / rows[0]["s/step"]
+        row["fwd+bwd of p1"] = row["fwd+bwd"] / rows[0]["fwd+bwd"]
+        row["positions"] = (rows[0]["patch"] / row["patch"]) ** 2
+    return rows
 
 
-def report_schedules(rows: list[dict]) -> None:
-    """What these step times make of the paper's schedules, beside next-token training of the same epochs."""
-    seconds = {row["patch"]: row["seconds"] for row in rows}
+def report_steps(rows: list[dict[str, Any]]) -> None:
+    """A line a patch side; then what these step times make of the paper's schedules, beside next-token training."""
+    print(f"'of p1': relative to patches of side {rows[0]['patch']}")
+    harness.table(rows, {
+        "patch": "d", "s/step": ".3f", "of p1": ".3f", "fwd+bwd": ".3f", "fwd+bwd of p1": ".3f", "positions": ".4f",
+        "images/s": ".1f", "positions/s": ".0f", "MFU": ".1%", "data wait": ".1%", "GB": ".1f", "first call": ".1f",
+        "matmul GFLOP/s": ".0f",
+    })  # fmt: skip
+    seconds = {row["patch"]: row["s/step"] for row in rows}
     for level in (2, 3, 4):
-        stages = patch_stages(300, level, 0.5)
-        if all(stage.patch in seconds for stage in stages):
-            time = sum((s.stop - s.start) * seconds[s.patch] for s in stages) / (300 * seconds[1])
-            tokens = relative_cost(stages)
-            print(
-                f"  {level} levels at rate 0.5: {time:.3f} of the time; {tokens:.3f} of the tokens ({time / tokens:.3f}x)"
-            )
+        rows = patch_levels(300, level, RATE)
+        if all(row.patch in seconds for row in rows):
+            time = sum((row.stop - row.start) * seconds[row.patch] for row in rows) / (300 * seconds[1])
+            print(f"{level} levels at rate {RATE}: {time:.3f} of the time, {relative_cost(rows):.3f} of the positions")
+
+
+def run_costs(s: TrainBenchmarkSettings, device: torch.device) -> list[dict[str, Any]]:
+    """A row a run: wall-clock seconds of the command in a process of its own, and of its steps alone."""
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_codes(s, folder / "codes", s.batch_size * s.steps_per_epoch, 256)
+        for level in (1, *s.levels):
+            results = folder / f"level{level}"
+            arguments = [
+                "--code-path", folder / "codes", "--dataset", "toy", "--image-size", 256, "--results-dir", results,
+                "--gpt-model", s.gpt_model, "--global-batch-size", s.batch_size, "--epochs", s.epochs, "--patch-level", level,
+                "--epoch-rate", RATE, "--scheduler", "--log-every", 1, "--mixed-precision", s.mixed_precision,
+            ]  # fmt: skip
+            command = partial(harness.in_a_process, train_c2i.main, [str(part) for part in arguments], quiet=True)
+            seconds, _ = harness.timed(command, device)
+            speeds = [row["images_per_s"] for row in read_metrics(results / f"000-{s.gpt_model}") if "loss" in row]
+            steps = sum(s.batch_size / speed for speed in speeds)
+            rows.append({"levels": level, "seconds": seconds, "steps alone": steps,
+                         "positions": relative_cost(patch_levels(s.epochs, level, RATE))})  # fmt: skip
+    for row in rows:
+        row["of next-token"] = row["seconds"] / rows[0]["seconds"]
+        row["steps of next-token"] = row["steps alone"] / rows[0]["steps alone"]
+    return rows
+
+
+def memory_costs(s: TrainBenchmarkSettings) -> list[dict[str, Any]]:
+    """A row a way to train: GB resident at the peak of the first of two processes, with an average of the weights, on CPUs."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, peaks = Path(name), {}
+        write_codes(s, folder / "codes", 3 * s.batch_size, 256)
+        for way, model in itertools.product(("ddp", "fsdp"), ("GPT-XXS", s.gpt_model)):
+            arguments = [
+                "--code-path", folder / "codes", "--dataset", "toy", "--image-size", 256, "--results-dir", folder / way,
+                "--gpt-model", model, "--global-batch-size", s.batch_size, "--patch-sizes", 1, "--patch-steps", 3, "--ema",
+                "--log-every", 1, "--mixed-precision", "fp32", "--data-parallel", way, "--fresh",
+            ]  # fmt: skip
+            environment = {**os.environ, "NPROC_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": ""}
+            command = [sys.executable, "utils/launch.py", "autoregressive/train/train_c2i.py", *map(str, arguments)]
+            subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+            run = numbered_folders(folder / way, model)[0]
+            peaks[way, model] = max(row["memory_gb"] for row in read_metrics(run) if "memory_gb" in row)
+    config = preset(s.gpt_model, vocab_size=s.vocab_size, num_classes=3, block_size=s.image_tokens, **DROPOUT)
+    rows = []
+    for way in ("ddp", "fsdp"):
+        counted = memory(config, s.batch_size // 2, data_parallel=way, gpus=2, ema=True, dtype=torch.float32)
+        more = peaks[way, s.gpt_model] - peaks[way, "GPT-XXS"]
+        rows.append({"way": way, "GB": peaks[way, s.gpt_model], "more": more, "counted": counted.total / 1e9})
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    s = TrainBenchmarkSettings.from_command_line(__doc__, arguments)
+    side = grid_side(s.image_tokens)
+    if wrong := [patch for patch in s.patch_sizes if side % patch]:
+        raise cli.InputError(f"--patch-sizes {wrong[0]} does not divide the grid of {side}x{side} codes")
+    device = best_device()
+    keep_freed_memory()
+    machine, results = harness.start(device), {}
+    print(f"{s.gpt_model}, batch {s.batch_size}, {s.image_tokens} codes, {precision_dtype(s.mixed_precision, device)}")
+    if "steps" in s.measure:
+        results["steps"] = step_costs(s, device)
+        report_steps(results["steps"])
+    if "runs" in s.measure:
+        results["runs"] = run_costs(s, device)
+        harness.table(results["runs"], {
+            "levels": "d", "seconds": ".1f", "of next-token": ".3f", "steps alone": ".1f", "steps of next-token": ".3f",
+            "positions": ".3f",
+        })  # fmt: skip
+    if "memory" in s.measure:
+        results["memory"] = memory_costs(s)
+        harness.table(results["memory"], {"way": "s", "GB": ".2f", "more": ".2f", "counted": ".2f"})
+    harness.finish("train", machine, s, **results)
 
 
 if __name__ == "__main__":
