@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from utils.cli import InputError, leave
+from utils.kernels import cpu_computes_in_bf16
 
 HEARTBEAT = 2.0  # seconds between two signs of life of a process
 
@@ -262,10 +263,11 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 def precision_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of `auto`, `fp32`, `bf16`, `fp16` or `none` (fp32, the published name).
 
-    auto is bf16 on GPUs that compute in it (compute capability 8 and later), fp32 elsewhere.
+    auto is bf16 on GPUs and CPUs that compute in it (GPUs: compute capability 8 and later), fp32 elsewhere.
     """
     if name == "auto":
-        native = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+        gpu = device.type == "cuda"
+        native = torch.cuda.get_device_capability(device)[0] >= 8 if gpu else cpu_computes_in_bf16()
         return torch.bfloat16 if native else torch.float32
     return PRECISIONS["fp32" if name == "none" else name]
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from utils.cli import note
+from utils.kernels import product
 
 
 def durations(
@@ -43,7 +44,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, side: int | None = Non
     """
     side = side or (2048 if device.type == "cpu" else 8192)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return 2 * side**3 / min(durations(lambda: a @ b, repeats, device, limit=2.0))
+    return 2 * side**3 / min(durations(lambda: product(a, b), repeats, device, limit=2.0))
 
 
 def use_compile(choice: bool | None, device: torch.device) -> bool:

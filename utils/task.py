@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.cli import InputError
-from utils.distributed import World
+from utils.distributed import World, precision_dtype
 from utils.log import RunLog
 from utils.settings import (
     Count,
@@ -36,7 +36,7 @@ class EngineSettings(Settings):
     max_grad_norm: NonNegative = setting(1.0, "gradients are clipped to this norm; 0: no clipping")
     global_seed: Seed = setting(0)
     mixed_precision: one_of(("auto", "none", "fp32", "bf16", "fp16")) = setting(
-        "auto", "auto: bf16 on GPUs that compute in it, otherwise fp32", free=True
+        "auto", "auto: bf16 where the device computes in it, otherwise fp32", free=True
     )  # what it comes to is recorded as `precision`
     compile: bool | None = setting(None, "torch.compile (default: on GPUs)", free=True)
     log_every: PositiveInt = setting(100, "steps", free=True)
@@ -45,6 +45,10 @@ class EngineSettings(Settings):
     keep_last: Count = setting(3, "checkpoints to keep besides the ends of levels; 0: all", free=True)
     cloud_save_path: Path | None = setting(None, "copy checkpoints there too, in the background", free=True)
     tensorboard: bool = setting(False, "write events for TensorBoard too (pip install tensorboard)", free=True)
+
+    def precision(self, device: torch.device) -> str:
+        """What --mixed-precision comes to on this device, for the record of a run."""
+        return str(precision_dtype(self.mixed_precision, device)).removeprefix("torch.")
 
     def check_batch(self, images: int, processes: int) -> None:
         """Raise InputError unless the global batch fits the images and divides by processes and parts."""

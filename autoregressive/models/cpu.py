@@ -1,4 +1,4 @@
-"""What makes decoding in float32 fast on CPUs. Each function here does what a plain one of generate.py or gpt.py does.
+"""What makes decoding fast on CPUs. Each function here does what a plain one of generate.py or gpt.py does.
 
 Shapes: R rows, G key/value heads, Q queries of a head, L positions of a cache, n of them read, C channels of a head.
 """
@@ -7,14 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoregressive.models.gpt import Transformer
+from utils.kernels import cpu_computes_in_bf16, has_onednn
 
 
 class PackedLinear(nn.Module):
-    """nn.Linear without bias on a CPU, its float32 weight in oneDNN's own order.
+    """nn.Linear without bias on a CPU, its weight in oneDNN's own order.
 
-    On an AMD processor a product takes less than half of the time of F.linear (scripts/benchmark/sample.py prints both
-    rates), and a row's result is the same whatever the number of rows, from two rows on.
+    A row's result is the same whatever the number of rows, from two rows on.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -23,13 +22,9 @@ class PackedLinear(nn.Module):
 
     @staticmethod
     def fits(weight: Tensor) -> bool:
-        """Whether this PyTorch and machine have it; its operators are not public, so another version may lack them."""
-        return (
-            weight.device.type == "cpu"
-            and weight.dtype == torch.float32
-            and torch.backends.mkldnn.is_available()
-            and all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
-        )
+        """Whether this PyTorch and processor have it for such a weight."""
+        known = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and cpu_computes_in_bf16())
+        return weight.device.type == "cpu" and known and has_onednn()
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
@@ -41,8 +36,8 @@ def apply_complex_rope(x_BLHC: Tensor, rope_LC: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rope_LC[:, None]).flatten(-2).type_as(x_BLHC)
 
 
-def tune(model: Transformer) -> Transformer:
-    """Change a model, in place, to packed layers and a rotary table of complex numbers."""
+def tune(model: nn.Module) -> nn.Module:
+    """Change a Transformer, in place, to packed layers and a rotary table of complex numbers."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear) and PackedLinear.fits(child.weight):

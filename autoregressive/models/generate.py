@@ -85,7 +85,7 @@ class Decoder:
         self.images = batch
         self.batch = B = max(2, batch)  # products of one row may be summed in another order than those of several
         self.compiled = compiled
-        self.tuned = tuned and not compiled and device.type == "cpu" and dtype == torch.float32
+        self.tuned = tuned and not compiled and device.type == "cpu"
         self.rope = self.model.rope_table(c.block_size)
         if self.tuned:
             self.model, self.rope = cpu.tune(self.model), torch.view_as_complex(self.rope)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from autoregressive.models.patches import grid_side, head_loss
+from utils.kernels import Linear, attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> what each query position gets
 
@@ -127,8 +128,8 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         heads = config.n_head + 2 * config.kv_heads
-        self.wqkv = nn.Linear(config.dim, heads * config.head_dim, bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.wqkv = Linear(config.dim, heads * config.head_dim)
+        self.wo = Linear(config.dim, config.dim)
 
     def forward(self, x_BLD: Tensor, rope_LC2: Tensor, attend: Attend | None = None) -> Tensor:
         """Causal attention over these positions, or what `attend` makes of q (B, H, L, C), k and v (B, G, L, C)."""
@@ -140,7 +141,7 @@ class Attention(nn.Module):
         if attend is not None:
             x_BHLC = attend(q, k, v)
         else:
-            x_BHLC = F.scaled_dot_product_attention(
+            x_BHLC = attention(
                 q, k, v,
                 is_causal=True,
                 dropout_p=c.attn_dropout_p if self.training else 0.0,
@@ -156,9 +157,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.dropout_p = config.ffn_dropout_p
-        self.w1 = nn.Linear(config.dim, config.ffn_hidden, bias=False)
-        self.w3 = nn.Linear(config.dim, config.ffn_hidden, bias=False)
-        self.w2 = nn.Linear(config.ffn_hidden, config.dim, bias=False)
+        self.w1 = Linear(config.dim, config.ffn_hidden)
+        self.w3 = Linear(config.dim, config.ffn_hidden)
+        self.w2 = Linear(config.ffn_hidden, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout_p, self.training)
@@ -200,7 +201,7 @@ class Transformer(nn.Module):
         depths = torch.linspace(0, config.drop_path_rate, config.n_layer, device="cpu").tolist()
         self.layers = nn.ModuleList(Block(config, p) for p in depths)
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = Linear(config.dim, config.vocab_size)
         self.register_buffer("rope", self.rope_grid().to(self.output.weight.device), persistent=False)
         self.apply(self._init)
         nn.init.zeros_(self.output.weight)  # the first loss is ln(vocab_size)

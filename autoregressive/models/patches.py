@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from utils.kernels import product
+
 
 def grid_side(length: int) -> int:
     """Side of the square grid that holds `length` codes. Raises ValueError if there is none."""
@@ -66,7 +68,7 @@ class _HeadLoss(torch.autograd.Function):
         needs_grad = any(ctx.needs_input_grad)
         dh, dweight_VD = [], None
         for h, targets in zip(h_RD.split(block), targets_RK.split(block), strict=True):
-            logits = (h @ weight_VD.T).float()
+            logits = product(h, weight_VD.T).float()
             log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
             total += log_z.sum() - logits.gather(-1, targets).sum() / K
             if not needs_grad:
@@ -74,13 +76,9 @@ class _HeadLoss(torch.autograd.Function):
             logits = logits.sub_(log_z).exp_()
             logits.scatter_add_(-1, targets, logits.new_full((), -1 / K).expand_as(targets))
             logits = logits.to(h.dtype)
-            dh.append(logits @ weight_VD)
-            if dweight_VD is None:
-                dweight_VD = (logits.T @ h).float()
-            elif h.dtype == torch.float32:
-                dweight_VD.addmm_(logits.T, h)
-            else:
-                dweight_VD += (logits.T @ h).float()  # not addmm_: compilers would fuse products of two dtypes
+            dh.append(product(logits, weight_VD))
+            more = product(logits.T, h).float()  # not addmm_: compilers would fuse products of two dtypes
+            dweight_VD = more if dweight_VD is None else dweight_VD.add_(more)
         if needs_grad:
             ctx.save_for_backward(torch.cat(dh) if len(dh) > 1 else dh[0], dweight_VD)
             ctx.rows, ctx.dtype = R, weight_VD.dtype

@@ -29,8 +29,8 @@ from utils.pixels import resize, to_uint8
 class ImageSampler:
     """Two models, fitted to each other: class labels in, uint8 images out. The GPT itself stays where it is.
 
-    device: by default a GPU where there is one. dtype: of the GPT's weights while drawing, by default bfloat16 on GPUs that
-    compute in it, float32 elsewhere. batch_size: images drawn at once. compiled: torch.compile both models; by default on
+    device: by default a GPU where there is one. dtype: of the GPT's weights while drawing, by default bfloat16 on devices
+    that compute in it, float32 elsewhere. batch_size: images drawn at once. compiled: torch.compile both models; by default on
     GPUs that can. Raises InputError for models that do not fit.
     """
 

@@ -66,7 +66,9 @@ class SamplerSettings(DrawingSettings):
     vq_ckpt: WeightsFile = setting(help="a file, a published name, or hf://user/repo/file")
     image_size: ImageSize | None = setting(None, "default: what the GPT was trained at; 256 for files that don't say")
     num_classes: PositiveInt | None = setting(None, "checked against the GPT file, which says it")
-    precision: Literal["auto", "none", "fp32", "bf16", "fp16"] = setting("auto", "auto: bf16 on GPUs")
+    precision: Literal["auto", "none", "fp32", "bf16", "fp16"] = setting(
+        "auto", "auto: bf16 where the device computes in it"
+    )
     compile: bool | None = setting(None, "torch.compile of both models; default: on GPUs", free=True)
 
     def as_published(self, *flags: str) -> Self:

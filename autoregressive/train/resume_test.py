@@ -107,9 +107,10 @@ def whole(code_path, tmp_path_factory):
     """whole(processes): the folder of an uninterrupted run."""
 
     @cache
-    def run(processes: int) -> Path:
+    def run(processes: int, precision: str = "auto") -> Path:
         results = tmp_path_factory.mktemp("whole")
-        result = run_script(SCRIPT, *command(code_path, results), processes=processes, OMP_NUM_THREADS="1")
+        flags = ("--mixed-precision", precision)
+        result = run_script(SCRIPT, *command(code_path, results, *flags), processes=processes, OMP_NUM_THREADS="1")
         assert result.returncode == 0, result.stderr
         return results / "000-GPT-XXS"
 
@@ -127,10 +128,11 @@ def assert_same(folder: Path, whole: Path) -> None:
     assert all(torch.equal(states[0][i][k], v) for i, row in states[1].items() for k, v in row.items())
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_kill_9_in_the_middle_of_an_epoch_and_across_a_level(whole, code_path, tmp_path, processes):
+@pytest.mark.parametrize(("processes", "precision"), [(1, "fp32"), (1, "bf16"), (2, "auto")])
+def test_kill_9_in_the_middle_of_an_epoch_and_across_a_level(whole, code_path, tmp_path, processes, precision):
     """Killed at steps 10 and 40 (of 72), and the newest checkpoint damaged on top of it."""
-    folder, arguments = tmp_path / "000-GPT-XXS", command(code_path, tmp_path)
+    folder = tmp_path / "000-GPT-XXS"
+    arguments = command(code_path, tmp_path, "--mixed-precision", precision)
     for step in (10, 40):
         assert end_at(step, signal.SIGKILL, arguments, folder, processes) != 0
         assert all(checkpoint.load(path)["steps"] <= STEPS for path in (folder / "checkpoints").glob("[0-9]*.pt"))
@@ -140,7 +142,7 @@ def test_kill_9_in_the_middle_of_an_epoch_and_across_a_level(whole, code_path, t
     assert result.returncode == 0, result.stderr
     assert f"warning: {newest}" in result.stdout and "is truncated" in result.stdout and "set aside" in result.stdout
     assert f"of {STEPS} from " in result.stdout
-    assert_same(folder, whole(processes))
+    assert_same(folder, whole(processes, precision))
     assert (
         len(list((folder / "checkpoints").glob("[0-9]*.pt"))) == 4
     )  # the ends of both levels and the two newest others
@@ -210,7 +212,7 @@ def test_a_signal_does_not_save_what_is_not_finite(code_path, tmp_path):
 
 def test_another_number_of_processes_resumes_with_the_same_data(code_path, tmp_path):
     """One process, killed, then two: the losses of one, but for rounding (dropout is off, its masks are a process's own)."""
-    off = ("--dropout-p", "0", "--token-dropout-p", "0")
+    off = ("--dropout-p", "0", "--token-dropout-p", "0", "--mixed-precision", "fp32")
     arguments = command(code_path, tmp_path / "a", *off)
     folder = tmp_path / "a" / "000-GPT-XXS"
     end_at(40, signal.SIGKILL, arguments, folder, processes=1)
@@ -227,7 +229,18 @@ def test_sharded_training_is_that_of_one_process(tmp_path):
     content = {"model": vq_model.VQModel(config).state_dict(), "config": asdict(config), "vq_model": "VQ-4-small"}
     checkpoint.save(tmp_path / "vq.pt", content)
     toy.write_codes(tmp_path, images=48, tokens=64, codebook=64, tokenizer_sha256=sha256(tmp_path / "vq.pt"))
-    same = ("--dropout-p", "0", "--token-dropout-p", "0", "--vq-ckpt", tmp_path / "vq.pt", "--sample-every", "3")
+    same = (
+        "--dropout-p",
+        "0",
+        "--token-dropout-p",
+        "0",
+        "--mixed-precision",
+        "fp32",
+        "--vq-ckpt",
+        tmp_path / "vq.pt",
+        "--sample-every",
+        "3",
+    )
     same += ("--epochs", "4", "--ckpt-every", "5")
     arguments = command(tmp_path, tmp_path / "a", *same)
     folder, whole = (tmp_path / name / "000-GPT-XXS" for name in "ab")
@@ -256,7 +269,7 @@ def test_sharded_training_on_two_machines_of_two_processes_is_that_of_one_proces
 ):
     """In bf16 the whole weights are rounded, the moments and the sums of gradients are not."""
     same = ("--dropout-p", "0", "--token-dropout-p", "0", "--epochs", "2")
-    assert run_script(SCRIPT, *command(code_path, tmp_path / "one", *same)).returncode == 0
+    assert run_script(SCRIPT, *command(code_path, tmp_path / "one", *same, "--mixed-precision", "fp32")).returncode == 0
     flags = (*same, "--data-parallel", way, "--mixed-precision", precision)
     run_on_machines(SCRIPT, *command(code_path, tmp_path / "four", *flags), processes=2)
     one, four = (tmp_path / name / "000-GPT-XXS" for name in ("one", "four"))

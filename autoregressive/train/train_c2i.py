@@ -205,7 +205,7 @@ def recorded(
         "data": data.codes.fingerprint(),
         "start": checkpoint.identity(start) if start else None,
         "start_changed": start_changed,
-        "precision": str(precision_dtype(settings.mixed_precision, world.device)).removeprefix("torch."),
+        "precision": settings.precision(world.device),
     }
 
 

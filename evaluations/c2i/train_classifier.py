@@ -223,7 +223,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with join_world() as world:
         if world.size > 1:
             raise InputError("the classifier is trained by one process: set NPROC_PER_NODE=1")
-        args = {**settings.plain(), "images": folder.content_id(), "val_images": val.content_id()}
+        args = {
+            **settings.plain(), "images": folder.content_id(), "val_images": val.content_id(),
+            "precision": settings.precision(world.device),
+        }  # fmt: skip
 
         def make_task(run: Run, log: RunLog) -> ClassifierTask:
             arrays = [crops_in_memory(part, settings.image_size) for part in (folder, val)]

@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoregressive.models.cpu import PackedLinear
 from autoregressive.models.generate import Decoder, image_uniforms
 from autoregressive.models.gpt import PRESETS, Transformer, preset
 from autoregressive.models.guidance import draw, guidance_scales, probabilities
@@ -85,15 +84,6 @@ class SampleBenchmarkSettings(Settings):
     folder: ExistingFolder | None = setting(None, "where files are written; default: the system's temporary folder")
 
 
-def packed_rate(device: torch.device, dtype: torch.dtype, rows: int = 2048) -> float:
-    """FLOP/s of the packed layer that decoding uses on a CPU, on a square product; 0 where there is none."""
-    linear = torch.nn.Linear(rows, rows, bias=False, device=device, dtype=dtype)
-    if not PackedLinear.fits(linear.weight):
-        return 0.0
-    packed, x = PackedLinear(linear), torch.randn(rows, rows)
-    return 2 * rows**3 / min(durations(lambda: packed(x), 10, device))
-
-
 def step_work(model: Transformer, batch: int, guided: bool, dtype: torch.dtype) -> tuple[float, float]:
     """FLOPs, and bytes read, of the mean step of an image: products with the weights and the caches."""
     c, rows = model.config, 2 * batch if guided else batch
@@ -116,17 +106,15 @@ def decoding(s: SampleBenchmarkSettings, model: Transformer, batch: int, dtype: 
     first, drawn = draw_batch()
     runs = []
     for _ in range(s.repeats):
-        rates = matmul_rate(device, dtype), packed_rate(device, dtype), copy_rate(device)
-        runs.append((*rates, draw_batch()[0]))
-    matmul, packed, copied = (max(row[i] for row in runs) for i in range(3))
+        runs.append((matmul_rate(device, dtype), copy_rate(device), draw_batch()[0]))
+    matmul, copied = (max(row[i] for row in runs) for i in range(2))
     taken = statistics.median(row[-1] for row in runs)
     flops, read = step_work(model, batch, s.cfg_scale > 1, dtype)
-    limit, packed_limit = (max(flops / rate, read / copied) for rate in (matmul, max(matmul, packed)))
+    limit = max(flops / matmul, read / copied)
     row = {
         "batch": batch, "ms/position": 1e3 * taken / codes, "codes/s": batch * codes / taken, "images/s": batch / taken,
-        "first call": first - taken, "limit ms": 1e3 * limit, "of limit": limit * codes / taken,
-        "of packed limit": packed_limit * codes / taken, "matmul GFLOP/s": matmul / 1e9, "packed GFLOP/s": packed / 1e9,
-        "copy GB/s": copied / 1e9,
+        "first call": first - taken, "limit ms": 1e3 * limit, "of limit": limit * codes / taken, "MB read": read / 1e6,
+        "matmul GFLOP/s": matmul / 1e9, "copy GB/s": copied / 1e9,
     }  # fmt: skip
     if s.loop:
         plain = model.to(dtype)
@@ -155,8 +143,7 @@ def measure_decoding(s: SampleBenchmarkSettings, device: torch.device) -> dict[s
     loop = {"loop x": ".1f", "same codes": ".2%"} if s.loop else {}
     harness.table(rows, {
         "batch": "d", "ms/position": ".2f", "codes/s": ".0f", "images/s": ".3f", "first call": ".1f", "limit ms": ".2f",
-        "of limit": ".0%", "of packed limit": ".0%", "matmul GFLOP/s": ".0f", "packed GFLOP/s": ".0f", "copy GB/s": ".0f",
-        **loop,
+        "of limit": ".0%", "MB read": ".0f", "matmul GFLOP/s": ".0f", "copy GB/s": ".0f", **loop,
     })  # fmt: skip
     side = 1 if device.type == "cpu" else 32
     seconds = pixels(s.vq_model, s.image_tokens, side, device)

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
+from utils.kernels import GroupNorm, attention
+
 USAGE_LENGTH = 65536  # codes that the usage buffer remembers
 # Similarities held at once by the search for the nearest code, by device: a CPU is a third faster within its cache.
 SEARCH_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
@@ -81,9 +83,9 @@ def preset(name: str, **changes) -> VQConfig:
     return replace(PRESETS[name], **changes)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int) -> GroupNorm:
     """32 groups as published; narrow layers get fewer, so that a group keeps four channels and thus their mean."""
-    return nn.GroupNorm(max(1, min(32, channels // 4)), channels, eps=1e-6)
+    return GroupNorm(max(1, min(32, channels // 4)), channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
@@ -118,7 +120,7 @@ class Attention(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         h = self.norm(x_BCHW)
         q, k, v = (project(h).flatten(2).transpose(1, 2) for project in (self.q, self.k, self.v))  # (B, L, C)
-        mixed = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]  # (B, L, C)
+        mixed = attention(q[:, None], k[:, None], v[:, None])[:, 0]  # (B, L, C)
         return x_BCHW + self.proj_out(mixed.transpose(1, 2).reshape(x_BCHW.shape))
 
 

@@ -29,7 +29,7 @@ from tokenizer.tokenizer_image.vq_settings import TokenizerSettings, check
 from tokenizer.tokenizer_image.vq_task import TokenizerTask
 from utils import checkpoint, cli, draw
 from utils.cli import InputError
-from utils.distributed import join_world, precision_dtype
+from utils.distributed import join_world
 from utils.engine import Trainer, run_training
 from utils.log import RunLog
 from utils.pixels import to_float, to_uint8
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "images": folder.content_id(),
             "start": checkpoint.identity(start.model) if start else None,
             **settings.identity(),
-            "precision": str(precision_dtype(settings.mixed_precision, world.device)).removeprefix("torch."),
+            "precision": settings.precision(world.device),
         }
         about = {
             "vq_model": settings.vq_model,
