@@ -24,11 +24,13 @@ stage() {
     known="$(cat "$RUN/done/$name" 2> /dev/null || true)"
     if [[ "$known" =~ ^[0-9]+$'\n'"$chain"$ ]]; then echo "== $name: done before"; return; fi
     echo "== $name: $*"
+    touch "$RUN/done/.started"
     "$@" &
     child=$!
     wait "$child"
     child=
-    if grep -qs '"finished": false' "$RUN"/*/run.json; then  # a training that is asked to end saves, and ends with status 0
+    # A training that is asked to end saves, and ends with status 0.
+    if find "$RUN" -name log.txt -newer "$RUN/done/.started" -execdir grep -qs '"finished": false' run.json \; -print | grep -q .; then
         echo "$name was stopped before its end; the same command continues" >&2
         exit 143
     fi

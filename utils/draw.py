@@ -76,20 +76,28 @@ def curves(
     y_label: str,
     title: str = "",
     boundaries: Mapping[float, str] = MappingProxyType({}),
+    rings: tuple[Sequence[float], Sequence[float]] = ((), ()),
+    y_most: float | None = None,
 ) -> None:
-    """Write a line chart: label -> (xs, ys). Boundaries are vertical lines at x with a word to their right."""
+    """Write a line chart: label -> (xs, ys). Boundaries are vertical lines at x with a word to their right.
+
+    rings: points (xs, ys) to mark. y_most: where the chart ends above; by default nothing is cut off.
+    """
     from matplotlib.figure import Figure  # here, so that stages that draw no chart don't pay for it
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     for label, (xs, ys) in series.items():
         axes.plot(xs, ys, label=plain_label(label), linewidth=1.6, marker="o" if len(xs) < 30 else None, markersize=4)
+    axes.scatter(*rings, s=90, facecolors="none", edgecolors="black", zorder=3)
     for x, word in boundaries.items():
         axes.axvline(x, color="grey", linewidth=1, linestyle=":")
         axes.annotate(word, (x, 1), xycoords=("data", "axes fraction"), xytext=(4, -12), textcoords="offset points")
     axes.set(xlabel=x_label, ylabel=y_label, title=plain_label(title))
     axes.grid(alpha=0.3)
     axes.margins(y=0.12)  # room for the boundaries' words
+    if y_most is not None:
+        axes.set_ylim(top=y_most)
     if len(series) > 1:
         axes.legend()
     with atomic_path(path) as temporary:

@@ -82,6 +82,24 @@ def test_group_norm_in_bfloat16_is_that_in_float32():
     assert list(mine.state_dict()) == list(plain.state_dict())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout(dtype):
+    """Its share, its scale, the same mask backwards, and the same one for a seed; nothing outside of training."""
+    x = torch.ones(1001, 999, dtype=dtype, requires_grad=True)
+    torch.manual_seed(1)
+    dropped = kernels.dropout(x, 0.1, True)
+    assert (dropped == 0).double().mean().item() == pytest.approx(0.1, abs=2e-3)
+    assert dropped.unique().tolist() == F.dropout(x, 0.1, True).unique().tolist()
+    rows = (dropped == 0).double().mean(0)
+    assert rows.std().item() == pytest.approx((0.1 * 0.9 / 1001) ** 0.5, rel=0.1)  # neighbours are independent
+    dropped.backward(torch.ones_like(dropped))
+    assert torch.equal(x.grad, dropped)
+    torch.manual_seed(1)
+    assert torch.equal(kernels.dropout(x, 0.1, True), dropped)
+    assert torch.equal(kernels.dropout(x, 0.1, False), x) and torch.equal(kernels.dropout(x, 0.0, True), x)
+    assert not kernels.dropout(x, 1.0, True).any()
+
+
 PROCESSORS = {
     "avx2": ({"avx2": True, "cpu_name": "AMD EPYC"}, True, (False, False)),
     "avx512 of AMD": ({"avx512_f": True, "cpu_name": "AMD EPYC"}, True, (True, False)),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from autoregressive.models.patches import grid_side, head_loss
-from utils.kernels import Linear, attention
+from utils.kernels import Linear, attention, dropout
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> what each query position gets
 
@@ -148,7 +148,7 @@ class Attention(nn.Module):
                 enable_gqa=c.kv_heads != c.n_head,
             )  # fmt: skip
         x_BLD = self.wo(x_BHLC.transpose(1, 2).flatten(2))
-        return F.dropout(x_BLD, c.resid_dropout_p, self.training)
+        return dropout(x_BLD, c.resid_dropout_p, self.training)
 
 
 class FeedForward(nn.Module):
@@ -162,7 +162,7 @@ class FeedForward(nn.Module):
         self.w2 = Linear(config.ffn_hidden, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout_p, self.training)
+        return dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout_p, self.training)
 
 
 class Block(nn.Module):
@@ -229,7 +229,7 @@ class Transformer(nn.Module):
         """(B, 1 + N, D): the class embedding, then each patch as the mean of its codes' embeddings (paper, eq. 3)."""
         h_B1D = self.cls_embedding.embedding_table(labels_B)[:, None]
         h_BND = self.tok_embeddings(patches_BNK).mean(dim=2)
-        return F.dropout(torch.cat((h_B1D, h_BND), dim=1), self.config.token_dropout_p, self.training)
+        return dropout(torch.cat((h_B1D, h_BND), dim=1), self.config.token_dropout_p, self.training)
 
     def hidden(
         self, h_BLD: Tensor, rope_LC2: Tensor, attends: Sequence[Attend] | None = None, recompute: bool = False
