@@ -92,7 +92,7 @@ def curves(
     axes.scatter(*rings, s=90, facecolors="none", edgecolors="black", zorder=3)
     for x, word in boundaries.items():
         axes.axvline(x, color="grey", linewidth=1, linestyle=":")
-        axes.annotate(word, (x, 1), xycoords=("data", "axes fraction"), xytext=(4, -12), textcoords="offset points")
+        axes.annotate(word, (x, 0), xycoords=("data", "axes fraction"), xytext=(4, 5), textcoords="offset points")
     axes.set(xlabel=x_label, ylabel=y_label, title=plain_label(title))
     axes.grid(alpha=0.3)
     axes.margins(y=0.12)  # room for the boundaries' words

@@ -193,13 +193,14 @@ def test_cached_decoding_of_every_preset_shape(name, guidance):
     check_against_full_forward(model, Decoder(model, 2), torch.tensor([0, 2]), [guidance] * 4, None)
 
 
-def test_trap_an_image_is_the_same_in_any_batch():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trap_an_image_is_the_same_in_any_batch(dtype):
     """One stream an image, keyed by (seed, image index): batch size and order don't matter, on a CPU to the last bit."""
     model, labels = golden_model(), torch.arange(6)
     numbers, scales = uniforms(0, 6, 64), guidance_scales(64, 2.0)
     logits = {}
     for batch in (1, 2, 3, 6):
-        decoder, steps, codes = Decoder(model, batch), [], []
+        decoder, steps, codes = Decoder(model, batch, dtype), [], []
         for part in torch.arange(6).split(batch):
             mine = []
             codes.append(
@@ -210,7 +211,7 @@ def test_trap_an_image_is_the_same_in_any_batch():
             steps.append(torch.stack(mine, 1))
         logits[batch] = (torch.cat(codes), torch.cat(steps))
         assert torch.equal(logits[batch][0], logits[1][0])
-        if PackedLinear.fits(model.output.weight):
+        if PackedLinear.fits(model.output.weight.to(dtype)):
             assert torch.equal(logits[batch][1], logits[1][1])
     assert len(set(map(tuple, logits[1][0].tolist()))) == 6
 

@@ -105,6 +105,9 @@ def test_codes_are_written_once_then_read_and_packed(last_line, tmp_path):
 
 
 def test_evaluation(last_line):
-    result = last_line(evaluate, "--samples", 12, "--references", 8, "--image-size", 16, "--network-images", 1)
+    result = last_line(
+        evaluate, "--samples", 12, "--references", 8, "--image-size", 16, "--network-images", 1, "--compare"
+    )
     assert result["images_per_s"] > 0
-    assert [row["phase"] for row in result["rows"]][-1] == "precision and recall"
+    phases = [row["phase"] for row in result["rows"]]
+    assert phases[:2] == ["network (torch)", "network in bf16"] and phases[-1] == "precision and recall"

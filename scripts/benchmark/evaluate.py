@@ -5,7 +5,8 @@
 Images of noise are written to a temporary .npz and read back as the evaluator reads them. A stub gives random features for
 them, and the time that it takes is left out. The network is Inception's graph with random weights, or --inception PATH.
 Peak memory is the process's own; network and figures run in a process each. --sqrtm also times the matrix square root
-that the published evaluator takes, twice, on the same covariances.
+that the published evaluator takes, twice, on the same covariances. --compare: the network in bf16, which the evaluator does
+not offer, and how far its features then are from those in float32.
 """
 
 import tempfile
@@ -47,6 +48,7 @@ class EvaluationBenchmarkSettings(Settings):
         None, "for the temporary .npz (10 GB for 50,000 of 256 px); default: the system's temporary folder"
     )
     sqrtm: bool = setting(False, "also time the published way to FID")
+    compare: bool = setting(False, "also the network in bf16")
 
 
 class Stub:
@@ -133,6 +135,12 @@ def network(s: EvaluationBenchmarkSettings, device: torch.device, folder: Path) 
     inception(images)
     phases.run(f"network ({s.backend})", lambda: [inception(images) for _ in range(rounds)], device)
     phases[-1]["images/s"] = rounds * batch / phases[-1]["seconds"]
+    if s.compare:
+        exact_ND = inception(images)[0]
+        with torch.autocast(device.type, torch.bfloat16):
+            off_ND = inception(images)[0] - exact_ND
+            phases.run("network in bf16", lambda: [inception(images) for _ in range(rounds)], device)
+        print(f"in bf16 features are off by {np.linalg.norm(off_ND) / np.linalg.norm(exact_ND):.2%} of their norm")
     return phases
 
 
@@ -144,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows = [row for part in (network, figures) for row in harness.in_a_process(part, s, device, Path(folder))]
     harness.table(rows, {"phase": "s", "seconds": ".2f", "peak GB": ".2f"})
     rate = rows[0]["images/s"]
-    beside = sum(row["seconds"] for row in rows[1:] if not row["phase"].startswith("published"))
+    beside = sum(row["seconds"] for row in rows[1:] if not row["phase"].startswith(("published", "network")))
     minutes = (beside + (s.samples + s.references) / rate) / 60
     print(f"{rate:.2f} images a second; {beside:.1f} s beside the network; {minutes:.1f} minutes in all")
     harness.finish("evaluate", machine, s, images_per_s=rate, seconds_beside=beside, rows=rows)

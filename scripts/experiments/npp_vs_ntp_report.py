@@ -123,7 +123,8 @@ class Experiment:
             raise cli.InputError(
                 f"{folder} holds no measured arm {CONTROL}: run scripts/experiments/npp_vs_ntp.sh with this RUN first"
             )
-        return cls(folder, trained, Codes(folder / "codes" / "train", "fashion", 32))
+        args = next(iter(trained[CONTROL].values())).args
+        return cls(folder, trained, Codes(folder / "codes" / "train", args["dataset"], args["image_size"]))
 
     @property
     def one(self) -> Trained:
@@ -283,8 +284,8 @@ def report(e: Experiment) -> str:
         "Here next-token training has the same decay, too. One tokenizer, one GPT, the same images in the same order; "
         f"{counted(len(seeds), 'seed')} of each arm. `bash scripts/experiments/npp_vs_ntp.sh` repeats it.", "",
         f"{time.strftime('%Y-%m-%d')}, {machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
-        f"{args['precision']}. Fashion-MNIST at 32 px: {len(e.codes):,} images of {e.codes.tokens} codes out of "
-        f"{e.config.vocab_size}. {args['gpt_model']}, {epochs:g} epochs of {e.steps_per_epoch} steps of "
+        f"{args['precision']}. Fashion-MNIST at {args['image_size']} px: {len(e.codes):,} images of {e.codes.tokens} codes "
+        f"out of {e.config.vocab_size}. {args['gpt_model']}, {epochs:g} epochs of {e.steps_per_epoch} steps of "
         f"{args['global_batch_size']} images, rate {args['lr']:g}. FID, Inception Score, precision and "
         "recall are in the features of a classifier of these images: "
         f"{reconstructed['samples']['images']:,} samples against {reconstructed['reference']['images']:,} test images. The "

@@ -1,45 +1,17 @@
 """The experiment with tokenizers: which commands a variant gets, and the table of what was measured."""
 
 import json
-import os
-import subprocess
 
 import pytest
 
 from scripts.experiments.tokenizers_report import report
 from utils.cli import InputError
-from utils.testing import ROOT
 
-PYTHON = """#!/usr/bin/env bash
-case "$*" in
-    *sys.prefix*) dirname "$0" ;;
-    *) echo "$*" >> "$(dirname "$0")/asked" ;;
-esac
-case "$*" in
-    *dataset.emoji*) mkdir -p "$3/a" "$3/b"; for i in $(seq 10 30); do touch "$3/a/$i.png" "$3/b/$i b.png"; done ;;
-esac
-"""
-
-
-@pytest.fixture
-def experiment(tmp_path):
-    """Run the script with a Python that only notes what it is asked for."""
-    path = tmp_path / "bin" / "python"
-    path.parent.mkdir()
-    path.write_text(PYTHON)
-    path.chmod(0o755)
-
-    def run(**env):
-        environment = {"PATH": os.environ["PATH"], "PYTHON": str(path), "RUN": str(tmp_path / "run"), **env}
-        command = ["bash", str(ROOT / "scripts/experiments/tokenizers.sh")]
-        done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=60, check=False)
-        return done, (path.parent / "asked").read_text().splitlines() if (path.parent / "asked").is_file() else []
-
-    return run
+SCRIPT = "tokenizers.sh"
 
 
 def test_commands_of_each_variant(experiment, tmp_path):
-    done, asked = experiment(SETS="fashion-4 emoji-4")
+    done, asked = experiment(SCRIPT, SETS="fashion-4 emoji-4")
     assert done.returncode == 0, done.stderr
     split = {name: sorted((tmp_path / "run" / "emoji" / name).rglob("*.png")) for name in ("train", "test")}
     assert len(split["train"]) == 38
@@ -56,13 +28,13 @@ def test_commands_of_each_variant(experiment, tmp_path):
         epochs = 2 if name.endswith("longer") else 1
         assert f"--epochs {epochs * (30 if name.startswith('emoji') else 1)} " in line
     assert len([line for line in asked if "evaluator.py" in line]) == 10
-    again, more = experiment(SETS="fashion-4 emoji-4")
+    again, more = experiment(SCRIPT, SETS="fashion-4 emoji-4")
     assert again.returncode == 0
     assert not [line for line in more[len(asked) :] if "vq_train.py" in line or "evaluator.py" in line]
 
 
 def test_an_unknown_set(experiment):
-    done, _ = experiment(SETS="mnist")
+    done, _ = experiment(SCRIPT, SETS="mnist")
     assert done.returncode == 2 and "there is no set mnist" in done.stderr
 
 

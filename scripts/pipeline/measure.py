@@ -54,9 +54,9 @@ def measure(vq: VQConfig, gpt: GPTConfig, patches: list[int], image_size: int, p
     torch.manual_seed(0)
     return Costs(
         read=_reading(paths, image_size),
-        classify=_classifier(image_size, device),
-        tokenizer_training=_tokenizer(vq, image_size, device, train=True),
-        encode=_tokenizer(vq, image_size, device, train=False),
+        classify=_classifier(image_size, device, dtype),
+        tokenizer_training=_tokenizer(vq, image_size, device, dtype),
+        encode=_tokenizer(vq, image_size, device, None),
         training={patch: _gpt(gpt, patch, device, dtype) for patch in patches},
         sample=_sampling(gpt, device, dtype),
     )
@@ -75,26 +75,34 @@ def _reading(paths: list[str], size: int) -> float:
     return (time.perf_counter() - start) / max(1, n)
 
 
-def _classifier(size: int, device: torch.device) -> float:
+def _classifier(size: int, device: torch.device, dtype: torch.dtype) -> float:
     model, batch = Classifier(10).to(device), 64
     images = torch.zeros(batch, size, size, 3, dtype=torch.uint8, device=device)
-    return OVERHEAD * seconds(lambda: model(images)[1].sum().backward(), device) / batch
+
+    def step() -> None:
+        with autocast(device, dtype):
+            total = model(images)[1].sum()
+        total.backward()
+
+    return OVERHEAD * seconds(step, device) / batch
 
 
-def _tokenizer(config: VQConfig, size: int, device: torch.device, train: bool) -> float:
+def _tokenizer(config: VQConfig, size: int, device: torch.device, dtype: torch.dtype | None) -> float:
+    """dtype: of training; None: of encoding alone."""
     batch = 8 if device.type == "cpu" else 32
     model = VQModel(config).to(device, memory_format=torch.channels_last)
     images = torch.rand(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
 
     def step() -> None:
-        if train:
-            output = model(images)
-            vq_loss(images, output).total.backward()
+        if dtype:
+            with autocast(device, dtype):
+                total = vq_loss(images, model(images)).total
+            total.backward()
         else:
             with torch.inference_mode():
                 model.encode(images)
 
-    return (OVERHEAD if train else 1) * seconds(step, device) / batch
+    return (OVERHEAD if dtype else 1) * seconds(step, device) / batch
 
 
 def _gpt(config: GPTConfig, patch: int, device: torch.device, dtype: torch.dtype) -> float:
