@@ -19,7 +19,7 @@ trap 'end 130' INT
 # it took and a checksum of all commands up to it.
 chain=
 stage() {
-    local name="$1" start="$SECONDS" known; shift
+    local name="$1" start="$SECONDS" known log; shift
     chain="$(printf '%s\n' "$chain" "$@" | cksum)"
     known="$(cat "$RUN/done/$name" 2> /dev/null || true)"
     if [[ "$known" =~ ^[0-9]+$'\n'"$chain"$ ]]; then echo "== $name: done before"; return; fi
@@ -30,10 +30,12 @@ stage() {
     wait "$child"
     child=
     # A training that is asked to end saves, and ends with status 0.
-    if find "$RUN" -name log.txt -newer "$RUN/done/.started" -execdir grep -qs '"finished": false' run.json \; -print | grep -q .; then
-        echo "$name was stopped before its end; the same command continues" >&2
-        exit 143
-    fi
+    while IFS= read -r log; do
+        if grep -qs '"finished": false' "${log%/*}/run.json"; then
+            echo "$name was stopped before its end; the same command continues" >&2
+            exit 143
+        fi
+    done < <(find "$RUN" -name log.txt -newer "$RUN/done/.started" 2> /dev/null)
     printf '%s\n' "$((SECONDS - start))" "$chain" > "$RUN/done/.$name.part"
     mv "$RUN/done/.$name.part" "$RUN/done/$name"
 }

@@ -406,6 +406,12 @@ def run_training(
     Raises SystemExit, with the status that the signal asks for, where a signal ended it.
     """
     world.check_shared(results)
+    precision = settings.precision(world.device)
+    if precision != (first := world.from_main(lambda: settings.precision(world.device))):
+        raise InputError(
+            f"process {world.rank} would compute in {precision}, the first one in {first}: their machines differ; give "
+            "--mixed-precision fp32 or bf16"
+        )
     held: list[Run] = []  # by the first process
 
     def opened() -> Run:

@@ -78,7 +78,7 @@ class Linear(nn.Linear):
         super().__init__(width_in, width_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if use_onednn(x) and not torch.is_autocast_enabled("cpu"):
+        if x.dim() > 1 and x.numel() and use_onednn(x) and not torch.is_autocast_enabled("cpu"):
             return _Linear.apply(x, self.weight)
         return super().forward(x)
 
@@ -92,10 +92,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm; bfloat16 on CPUs is computed in float32, as autocast does on GPUs."""
+    """nn.GroupNorm; under autocast to bfloat16 CPUs compute it in float32, as GPUs do."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float() if x.dtype == torch.bfloat16 and runs_on_cpu(x) else x)
+        widen = x.dtype == torch.bfloat16 and self.weight.dtype == torch.float32 and runs_on_cpu(x)
+        return super().forward(x.float() if widen else x)
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:

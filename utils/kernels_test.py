@@ -52,6 +52,15 @@ def test_the_layer_and_its_gradients(batch, width_in, width_out, wants_x, wants_
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(8,), (0, 8), (2, 0, 8)])
+def test_the_layer_takes_what_the_plain_one_takes(shape):
+    x = torch.randn(shape, requires_grad=True)
+    layer = kernels.Linear(8, 6)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == (*shape[:-1], 6) and layer.weight.grad.shape == (6, 8) and x.grad.shape == x.shape
+
+
 def test_the_layer_under_autocast_is_the_plain_one():
     layer, x = kernels.Linear(8, 6), torch.randn(4, 8)
     with torch.autocast("cpu", torch.bfloat16):
@@ -80,6 +89,7 @@ def test_group_norm_in_bfloat16_is_that_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(mine(x), plain(x.float()))
     assert list(mine.state_dict()) == list(plain.state_dict())
+    assert torch.equal(mine.bfloat16()(x), plain.bfloat16()(x))  # weights that are bfloat16 themselves
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

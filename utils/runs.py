@@ -89,6 +89,7 @@ def open_run(
             if (record := RunRecord.read_if_present(folder / "run.json"))
         ]
     notes: list[str] = []
+    defaults = {"precision": "float32", **defaults}  # recorded by all trainings since CPUs may take another
     for folder, record in known if not fresh else ():
         changed = differences(record.args, args, free, defaults)
         if not changed:
@@ -107,6 +108,8 @@ def open_run(
             advice = "give it the old values to continue it, or --fresh to start another run"
             if name is None:
                 advice = "give it the old values to continue it, or another folder"
+            if any(text.startswith("precision ") for text in changed):
+                advice += " (--mixed-precision fp32, bf16 or fp16: what auto is depends on the machine)"
             state = "finished" if record.finished else "unfinished"
             if not _held(folder) or name is None:
                 raise InputError(f"{folder} is {state} and was started with {', '.join(changed[:4])}: {advice}")

@@ -79,6 +79,12 @@ arm() {
 }
 
 for one in $ARMS; do levels "$one" > /dev/null; done
+settings="$EPOCHS epochs, $SAMPLES samples, guidance $SCALES"
+if [ "$(cat "$RUN/settings.txt" 2> /dev/null || echo "$settings")" != "$settings" ]; then
+    echo "error: $RUN holds the experiment of $(cat "$RUN/settings.txt"), not of $settings: give another RUN" >&2
+    exit 2
+fi
+echo "$settings" > "$RUN/settings.txt"
 install
 shared
 trunk="$chain"

@@ -24,6 +24,7 @@ from utils.distributed import best_device
 from utils.files import atomic_path
 from utils.log import read_metrics
 from utils.samples import Samples
+from utils.settings import differences
 
 CONTROL, COMPUTE = "ntp", "ntp-compute"
 ARMS = {
@@ -41,6 +42,9 @@ FIGURES = {
     "class_accuracy": "class asked for",
 }  # fmt: skip
 SHOWN = 20  # samples of an arm in the picture
+OWN = ("patch_sizes", "patch_epochs", "scheduler", "global_seed")  # settings that may differ between trainings
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, those of the normal distribution
+QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
 @dataclass
@@ -123,7 +127,13 @@ class Experiment:
             raise cli.InputError(
                 f"{folder} holds no measured arm {CONTROL}: run scripts/experiments/npp_vs_ntp.sh with this RUN first"
             )
+        runs = [run for seeds in trained.values() for run in seeds.values()]
         args = next(iter(trained[CONTROL].values())).args
+        for run in runs:
+            if changed := differences(args, run.args, OWN):
+                raise cli.InputError(
+                    f"{run.folder} differs from the control by {', '.join(changed[:4])}: give another RUN"
+                )
         return cls(folder, trained, Codes(folder / "codes" / "train", args["dataset"], args["image_size"]))
 
     @property
@@ -172,13 +182,14 @@ class Experiment:
         return [figure(self.trained[arm][seed]) - figure(self.trained[other][seed]) for seed in sorted(both)]
 
 
-def verdict(differences: Sequence[float], unit: str) -> str:
-    """What a difference says, by its standard error over seeds."""
-    if len(differences) < 2:
-        return f"{differences[0]:+.3f} {unit}, of one seed, which says nothing about chance"
-    mean, error = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
-    said = "higher" if mean > 2 * error else "lower" if mean < -2 * error else "no difference beyond chance"
-    return f"{mean:+.3f} ± {statistics.stdev(differences):.3f} {unit} ({said})"
+def verdict(changes: Sequence[float], unit: str) -> str:
+    """What a difference says: whether its 95 % confidence interval, by Student's t over seeds, leaves out 0."""
+    if len(changes) < 2:
+        return f"{changes[0]:+.3f} {unit}, of one seed, which says nothing about chance"
+    mean, deviation, n = statistics.mean(changes), statistics.stdev(changes), len(changes)
+    quantile = QUANTILES[n - 2] if n - 2 < len(QUANTILES) else 1.96
+    said = "more than chance" if abs(mean) > quantile * deviation / n**0.5 else "may be chance"
+    return f"{mean:+.3f} ± {deviation:.3f} {unit} ({said})"
 
 
 def arms_table(e: Experiment) -> list[str]:
@@ -225,6 +236,8 @@ def sentences(e: Experiment) -> list[str]:
     for arm in e.trained:
         for other, name in ((CONTROL, "the control"), (COMPUTE, "next-token training at the compute of npp2")):
             if arm == other or other not in e.trained or (other == COMPUTE and not arm.startswith("npp")):
+                continue
+            if not e.trained[arm].keys() & e.trained[other].keys():
                 continue
             parts = [
                 f"{what} {verdict(e.differences(arm, other, figure), unit).replace('  ', ' ')}"
@@ -305,7 +318,8 @@ def report(e: Experiment) -> str:
             f"{e.flops('npp2') / e.flops(CONTROL):.3f} of its FLOPs, and took {seconds:.3f} of its time.", "",
         ]  # fmt: skip
     lines += [
-        "Differences are taken seed by seed. More than two standard errors count as more than chance.", "",
+        "Differences are taken seed by seed, ± their standard deviation. One is more than chance if 0 is outside of its 95 % "
+        "confidence interval, by Student's t: of twenty comparisons of what is equal one would be.", "",
         *sentences(e), "",
         "![Validation loss over FLOPs](loss_flops.png)", "",
         "![Validation loss over seconds](loss_seconds.png)", "",

@@ -12,7 +12,7 @@ from utils import samples
 from utils.cli import InputError
 
 SCRIPT = "npp_vs_ntp.sh"
-STEPS = 10  # an epoch
+STEPS = 20  # an epoch
 LEVELS = {  # by arm: patch sides, epochs, validation loss of seed 0
     "ntp": ([1], [2.0], 3.0),
     "npp2": ([2, 1], [1.0, 1.0], 3.2),
@@ -29,8 +29,8 @@ def test_arms_differ_in_schedule_and_seed_only(experiment):
     own = ("--scheduler", "--patch-sizes", "--patch-epochs", "--results-dir", "--global-seed")
     common, schedules = set(), {}
     for words in trained:
-        flags = {}
-        for word in words[1:]:
+        flags = {"": []}  # and what stands before the first one
+        for word in words:
             if word.startswith("--"):
                 flags[word] = []
             else:
@@ -107,9 +107,9 @@ def test_the_report(measured):
     fine, coarse = (4 * STEPS * config.training_flops(patch) for patch in (1, 2))
     assert measured.flops("ntp") == pytest.approx(2 * fine)
     assert measured.flops("npp2") == pytest.approx(coarse + fine)
-    assert measured.flops("npp2", 15) == pytest.approx(coarse + fine / 2)
-    assert measured.seconds("ntp") == pytest.approx([40.0] * 3) and measured.seconds("npp2") == pytest.approx(
-        [25.0] * 3
+    assert measured.flops("npp2", 30) == pytest.approx(coarse + fine / 2)
+    assert measured.seconds("ntp") == pytest.approx([80.0] * 3) and measured.seconds("npp2") == pytest.approx(
+        [50.0] * 3
     )
     assert measured.last_loss("npp2") == pytest.approx([3.2, 3.3, 3.4])
     draw_all(measured)
@@ -117,20 +117,39 @@ def test_the_report(measured):
     for name in ("loss_flops.png", "loss_seconds.png", "fid_flops.png", "samples.png"):
         assert f"({name})" in text and (measured.folder / name).is_file()
     assert "npp2 has 0.625 of the positions of the control" in text and "and took 0.625 of its time" in text
-    assert (
-        "**npp2** beside the control: validation loss +0.200 ± 0.000 nats a code (higher); FID +0.200 ± 0.000 (higher)."
-        in text
-    )
-    assert (
-        "**npp2** beside next-token training at the compute of npp2: validation loss -0.100 ± 0.000 nats a code (lower)"
-        in text
-    )
+    more = "± 0.000 nats a code (more than chance)"
+    assert f"- **npp2** beside the control: validation loss +0.200 {more}; FID +0.200 ± 0.000 (more" in text
+    assert f"- **npp2** beside next-token training at the compute of npp2: validation loss -0.100 {more}" in text
     assert "| ntp | 1x1 2 |" in text and "| npp2 | 2x2 1, 1x1 1 |" in text
     assert "| ntp | 4.010 ± 0.010 | 2.010 ± 0.010 | 3.010 ± 0.010 |" in text
 
 
 def test_what_a_difference_says():
-    assert "no difference beyond chance" in verdict([0.1, -0.1, 0.05], "")
-    assert "(lower)" in verdict([-0.1, -0.12, -0.11], "") and "(higher)" in verdict([0.1, 0.12, 0.11], "")
+    assert "(may be chance)" in verdict([0.1, -0.1, 0.05], "")
+    assert "(more than chance)" in verdict([-0.1, -0.12, -0.11], "") and "(more than chance)" in verdict(
+        [0.1, 0.12, 0.11], ""
+    )
+    assert "(may be chance)" in verdict([0.1, 0.2], "")  # two seeds say little
+    assert "(more than chance)" in verdict([0.1, 0.2] * 10, "")
     assert "of one seed" in verdict([0.1], "")
     assert spread([1.0]) == "1.000" and spread([1.0, 3.0], ".1f") == "2.0 ± 1.4"
+
+
+def test_trainings_of_other_settings_are_not_compared(measured):
+    path = measured.folder / "arms" / "npp2-1" / "000-GPT-XXS" / "run.json"
+    path.write_text(path.read_text().replace("float32", "bfloat16"))
+    with pytest.raises(InputError, match="npp2-1 differs from the control by precision float32, now bfloat16"):
+        Experiment.read(measured.folder)
+
+
+def test_another_experiment_is_not_put_into_the_same_folder(experiment):
+    assert experiment(SCRIPT, ARMS="ntp", SEEDS="0")[0].returncode == 0
+    done, _ = experiment(SCRIPT, ARMS="ntp", SEEDS="0", EPOCHS="8")
+    assert done.returncode == 2 and "holds the experiment of 2 epochs, 5000 samples" in done.stderr
+
+
+def test_arms_without_a_common_seed_are_not_compared(measured):
+    for seed in (0, 1):
+        del measured.trained["npp2"][seed]
+    del measured.trained["ntp-compute"][2]
+    assert "beside next-token training at the compute" not in report(measured)
