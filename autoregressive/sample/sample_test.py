@@ -94,7 +94,7 @@ def test_images_are_those_of_their_labels_and_streams(models, drawn):
     assert np.array_equal(sampler(labels, cfg_scale=2.0), images)
     assert np.array_equal(sampler(labels[[7, 2]].tolist(), cfg_scale=2.0, indices=[7, 2]), images[[7, 2]])
     with torch.inference_mode():
-        codes = generate(sampler.gpt, labels, cfg_scale=2.0)
+        codes = generate(sampler.gpt, labels, cfg_scale=2.0, dtype=sampler.dtype)
         assert np.array_equal(to_uint8(sampler.tokenizer.decode_code(codes)), images)
     assert sorted(path.name for path in drawn.parent.iterdir()) == [NAME.replace(".npz", ".json"), NAME]
 

@@ -49,7 +49,7 @@ def flags(images, results, **changes) -> list[str]:
     given = {
         "data-path": images, "vq-model": "VQ-4-small", "image-size": 16, "epochs": 3, "global-batch-size": 8,
         "lr": 3e-3, "codebook-size": 32, "restart-dead-codes": 2, "log-every": 1, "num-workers": 1,
-        "results-dir": results,
+        "results-dir": results, "mixed-precision": "fp32",
     }  # fmt: skip
     given |= {key.replace("_", "-"): value for key, value in changes.items()}
     return [word for key, value in given.items() for word in (f"--{key}", str(value))]
@@ -406,6 +406,15 @@ def test_two_processes_train_the_same_model(images, finished, tmp_path):
     one, two = read_metrics(finished), read_metrics(tmp_path)
     np.testing.assert_allclose(losses(tmp_path), losses(finished), rtol=1e-4)
     assert [row["codebook_usage"] for row in one] == [row["codebook_usage"] for row in two]
+
+
+def test_training_in_bfloat16_is_near_that_in_float32_for_any_number_of_processes(images, finished, tmp_path):
+    for processes in (1, 2):
+        arguments = flags(images, tmp_path / str(processes), mixed_precision="bf16")
+        result = run_script(TRAIN, *arguments, processes=processes, OMP_NUM_THREADS="1")
+        assert result.returncode == 0, result.stderr
+        assert "in bfloat16, weights in float32" in result.stdout
+        np.testing.assert_allclose(losses(tmp_path / str(processes)), losses(finished), rtol=2e-2)
 
 
 def test_read_by_workers_equals_cached(images, finished, tmp_path, monkeypatch):
