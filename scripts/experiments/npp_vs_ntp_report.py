@@ -42,7 +42,7 @@ FIGURES = {
     "class_accuracy": "class asked for",
 }  # fmt: skip
 SHOWN = 20  # samples of an arm in the picture
-OWN = ("patch_sizes", "patch_epochs", "scheduler", "global_seed")  # settings that may differ between trainings
+OWN = ("patch_sizes", "patch_epochs", "scheduler", "global_seed", "results_dir")  # may differ between trainings
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, those of the normal distribution
 QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 

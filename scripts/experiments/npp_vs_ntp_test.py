@@ -61,7 +61,7 @@ def write_arm(run, arm: str, seed: int) -> None:
     folder = run / "arms" / f"{arm}-{seed}"
     args = {
         "patch_sizes": patches, "patch_epochs": epochs, "global_batch_size": 4, "gpt_model": "GPT-XXS", "lr": 1e-3,
-        "precision": "float32", "dataset": "toy", "image_size": 32,
+        "precision": "float32", "dataset": "toy", "image_size": 32, "results_dir": f"arms/{arm}-{seed}",
     }  # fmt: skip
     gpt = folder / "000-GPT-XXS"
     gpt.mkdir(parents=True)
