@@ -1,8 +1,10 @@
 """The report of scripts/experiments/npp_vs_ntp.sh: RUN/report.md and its pictures, from what its stages left in RUN.
 
 python -m scripts.experiments.npp_vs_ntp_report runs/npp_vs_ntp
+python -m scripts.experiments.npp_vs_ntp_report runs/npp_vs_ntp docs/npp_vs_ntp.md assets/npp_vs_ntp_  # elsewhere
 """
 
+import os
 import statistics
 import sys
 import time
@@ -185,11 +187,11 @@ class Experiment:
 def verdict(changes: Sequence[float], unit: str) -> str:
     """What a difference says: whether its 95 % confidence interval, by Student's t over seeds, leaves out 0."""
     if len(changes) < 2:
-        return f"{changes[0]:+.3f} {unit}, of one seed, which says nothing about chance"
+        return f"{changes[0]:+.3f}{unit}, of one seed, which says nothing about chance"
     mean, deviation, n = statistics.mean(changes), statistics.stdev(changes), len(changes)
     quantile = QUANTILES[n - 2] if n - 2 < len(QUANTILES) else 1.96
     said = "more than chance" if abs(mean) > quantile * deviation / n**0.5 else "may be chance"
-    return f"{mean:+.3f} ± {deviation:.3f} {unit} ({said})"
+    return f"{mean:+.3f} ± {deviation:.3f}{unit} ({said})"
 
 
 def arms_table(e: Experiment) -> list[str]:
@@ -209,7 +211,7 @@ def arms_table(e: Experiment) -> list[str]:
         spans = ", ".join(f"{s.patch}x{s.patch} {(s.stop - s.start) / e.steps_per_epoch:.3g}" for s in levels)
         seconds = statistics.mean(e.seconds(arm)) / statistics.mean(e.seconds(CONTROL))
         cells = [
-            arm, spans, f"{e.flops(arm):.3g}", f"{e.flops(arm) / e.flops(CONTROL):.3f}", spread(e.seconds(arm), ".1f"),
+            arm, str(len(e.trained[arm])), spans, f"{e.flops(arm):.3g}", f"{e.flops(arm) / e.flops(CONTROL):.3f}", spread(e.seconds(arm), ".1f"),
             f"{seconds:.3f}", spread(e.last_loss(arm), ".4f"),
             *(spread(e.figure(arm, name)) for name in FIGURES),
         ]  # fmt: skip
@@ -229,7 +231,7 @@ def sweep_table(e: Experiment) -> list[str]:
 def sentences(e: Experiment) -> list[str]:
     """What holds and what does not: each arm beside the control and beside next-token training of equal compute."""
     measures = {
-        "validation loss": (lambda run: list(run.val_losses.values())[-1], "nats a code"),
+        "validation loss": (lambda run: list(run.val_losses.values())[-1], " nats a code"),
         "FID": (lambda run: run.figures[e.scale]["fid"], ""),
     }
     lines = []
@@ -240,15 +242,15 @@ def sentences(e: Experiment) -> list[str]:
             if not e.trained[arm].keys() & e.trained[other].keys():
                 continue
             parts = [
-                f"{what} {verdict(e.differences(arm, other, figure), unit).replace('  ', ' ')}"
+                f"{what} {verdict(e.differences(arm, other, figure), unit)}"
                 for what, (figure, unit) in measures.items()
             ]
             lines.append(f"- **{arm}** beside {name}: {'; '.join(parts)}.")
     return lines
 
 
-def draw_all(e: Experiment) -> None:
-    """The pictures: losses over FLOPs and over seconds, FID over FLOPs, samples side by side."""
+def draw_all(e: Experiment, pictures: str) -> None:
+    """Losses over FLOPs and over seconds, FID over FLOPs, samples side by side. pictures: what their paths begin with."""
     for name in ("FLOPs", "seconds"):
         series, rings = {}, ([], [])
         for arm, seeds in e.trained.items():
@@ -262,7 +264,7 @@ def draw_all(e: Experiment) -> None:
                 rings[0].append(xs[steps.index(step)])
                 rings[1].append(losses[steps.index(step)])
         draw.curves(
-            e.folder / f"loss_{name.lower()}.png",
+            f"{pictures}loss_{name.lower()}.png",
             series,
             x_label=f"{name} of training",
             y_label="validation loss (nats a code)",
@@ -272,21 +274,21 @@ def draw_all(e: Experiment) -> None:
         )
     points = {arm: ([e.flops(arm)] * len(runs), e.figure(arm, "fid")) for arm, runs in e.trained.items()}
     draw.curves(
-        e.folder / "fid_flops.png", points, x_label="FLOPs of training", y_label=FIGURES["fid"],
+        f"{pictures}fid_flops.png", points, x_label="FLOPs of training", y_label=FIGURES["fid"],
         title=f"Quality at guidance {e.scale:g}: a point a seed",
     )  # fmt: skip
-    pictures = []
+    drawn = []
     for runs in e.trained.values():
         folder = runs[min(runs)].folder / "samples"
         path = next(path for path in folder.glob("*.npz") if f"cfg-{e.scale}-" in path.name)
-        pictures.append(next(iter(Samples(path).batches(SHOWN)))[:SHOWN])
+        drawn.append(next(iter(Samples(path).batches(SHOWN)))[:SHOWN])
     draw.save_image(
         e.folder / "samples.png", draw.image_grid(np.concatenate(pictures), SHOWN, list(e.trained), scale=2)
     )
 
 
-def report(e: Experiment) -> str:
-    """The text."""
+def report(e: Experiment, pictures: str = "") -> str:
+    """The text. pictures: what links to them begin with."""
     machine, args = card(best_device()), e.one.args
     reconstructed = records.read_json(e.folder / "reconstructions.metrics.json")
     seeds = set.union(*(set(found) for found in e.trained.values()))
@@ -295,7 +297,7 @@ def report(e: Experiment) -> str:
         "# Next patches against next tokens", "",
         "The paper compares Next Patch Prediction, whose learning rate decays, with LlamaGen, whose learning rate is constant. "
         "Here next-token training has the same decay, too. One tokenizer, one GPT, the same images in the same order; "
-        f"{counted(len(seeds), 'seed')} of each arm. `bash scripts/experiments/npp_vs_ntp.sh` repeats it.", "",
+        f"{counted(len(seeds), 'seed')}. `bash scripts/experiments/npp_vs_ntp.sh` repeats it.", "",
         f"{time.strftime('%Y-%m-%d')}, {machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
         f"{args['precision']}. Fashion-MNIST at {args['image_size']} px: {len(e.codes):,} images of {e.codes.tokens} codes "
         f"out of {e.config.vocab_size}. {args['gpt_model']}, {epochs:g} epochs of {e.steps_per_epoch} steps of "
@@ -321,23 +323,28 @@ def report(e: Experiment) -> str:
         "Differences are taken seed by seed, ± their standard deviation. One is more than chance if 0 is outside of its 95 % "
         "confidence interval, by Student's t: of twenty comparisons of what is equal one would be.", "",
         *sentences(e), "",
-        "![Validation loss over FLOPs](loss_flops.png)", "",
-        "![Validation loss over seconds](loss_seconds.png)", "",
-        "![FID over FLOPs](fid_flops.png)", "",
+        f"![Validation loss over FLOPs]({pictures}loss_flops.png)", "",
+        f"![Validation loss over seconds]({pictures}loss_seconds.png)", "",
+        f"![FID over FLOPs]({pictures}fid_flops.png)", "",
         f"The same classes and random numbers in each arm (seed {min(e.trained[CONTROL])}):", "",
-        "![Samples of each arm](samples.png)", "",
+        f"![Samples of each arm]({pictures}samples.png)", "",
         "## FID over the guidance scale", "", *sweep_table(e), "",
     ]  # fmt: skip
     return "\n".join(lines)
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        cli.fail(f"expected the folder of an experiment, got {' '.join(sys.argv[1:]) or 'nothing'}")
-    experiment = Experiment.read(Path(sys.argv[1]))
-    draw_all(experiment)
-    text = report(experiment)
-    with atomic_path(experiment.folder / "report.md") as temporary:
+    if len(sys.argv) not in (2, 4):
+        cli.fail(
+            f"expected the folder of an experiment (and a page and a prefix of pictures), got {sys.argv[1:] or 'nothing'}"
+        )
+    run = Path(sys.argv[1])
+    page, pictures = (Path(sys.argv[2]), sys.argv[3]) if len(sys.argv) == 4 else (run / "report.md", f"{run}/")
+    experiment = Experiment.read(run)
+    draw_all(experiment, pictures)
+    link = os.path.relpath(f"{pictures}_", page.parent).removesuffix("_")
+    text = report(experiment, link)
+    with atomic_path(page) as temporary:
         temporary.write_text(text)
     print(text)
 

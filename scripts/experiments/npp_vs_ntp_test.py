@@ -7,7 +7,7 @@ import pytest
 
 from autoregressive.models.gpt import preset
 from dataset.codes import toy
-from scripts.experiments.npp_vs_ntp_report import ARMS, Experiment, draw_all, report, spread, verdict
+from scripts.experiments.npp_vs_ntp_report import ARMS, Experiment, main, report, spread, verdict
 from utils import samples
 from utils.cli import InputError
 
@@ -99,7 +99,7 @@ def measured(tmp_path):
     return Experiment.read(tmp_path)
 
 
-def test_the_report(measured):
+def test_the_report(measured, monkeypatch):
     assert list(measured.trained) == [arm for arm in ARMS if arm in LEVELS]
     assert all(list(seeds) == [0, 1, 2] for seeds in measured.trained.values())
     assert measured.scale == 1.5
@@ -112,15 +112,16 @@ def test_the_report(measured):
         [50.0] * 3
     )
     assert measured.last_loss("npp2") == pytest.approx([3.2, 3.3, 3.4])
-    draw_all(measured)
-    text = report(measured)
+    monkeypatch.setattr("sys.argv", ["report", str(measured.folder)])
+    main()
+    text = (measured.folder / "report.md").read_text()
     for name in ("loss_flops.png", "loss_seconds.png", "fid_flops.png", "samples.png"):
         assert f"({name})" in text and (measured.folder / name).is_file()
     assert "npp2 has 0.625 of the positions of the control" in text and "and took 0.625 of its time" in text
     more = "± 0.000 nats a code (more than chance)"
     assert f"- **npp2** beside the control: validation loss +0.200 {more}; FID +0.200 ± 0.000 (more" in text
     assert f"- **npp2** beside next-token training at the compute of npp2: validation loss -0.100 {more}" in text
-    assert "| ntp | 1x1 2 |" in text and "| npp2 | 2x2 1, 1x1 1 |" in text
+    assert "| ntp | 3 | 1x1 2 |" in text and "| npp2 | 3 | 2x2 1, 1x1 1 |" in text
     assert "| ntp | 4.010 ± 0.010 | 2.010 ± 0.010 | 3.010 ± 0.010 |" in text
 
 
