@@ -211,7 +211,8 @@ def arms_table(e: Experiment) -> list[str]:
         spans = ", ".join(f"{s.patch}x{s.patch} {(s.stop - s.start) / e.steps_per_epoch:.3g}" for s in levels)
         seconds = statistics.mean(e.seconds(arm)) / statistics.mean(e.seconds(CONTROL))
         cells = [
-            arm, str(len(e.trained[arm])), spans, f"{e.flops(arm):.3g}", f"{e.flops(arm) / e.flops(CONTROL):.3f}", spread(e.seconds(arm), ".1f"),
+            arm, str(len(e.trained[arm])), spans, f"{e.flops(arm):.3g}", f"{e.flops(arm) / e.flops(CONTROL):.3f}",
+            spread(e.seconds(arm), ".1f"),
             f"{seconds:.3f}", spread(e.last_loss(arm), ".4f"),
             *(spread(e.figure(arm, name)) for name in FIGURES),
         ]  # fmt: skip
