@@ -283,9 +283,7 @@ def draw_all(e: Experiment, pictures: str) -> None:
         folder = runs[min(runs)].folder / "samples"
         path = next(path for path in folder.glob("*.npz") if f"cfg-{e.scale}-" in path.name)
         drawn.append(next(iter(Samples(path).batches(SHOWN)))[:SHOWN])
-    draw.save_image(
-        e.folder / "samples.png", draw.image_grid(np.concatenate(pictures), SHOWN, list(e.trained), scale=2)
-    )
+    draw.save_image(f"{pictures}samples.png", draw.image_grid(np.concatenate(drawn), SHOWN, list(e.trained), scale=2))
 
 
 def report(e: Experiment, pictures: str = "") -> str:
