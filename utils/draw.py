@@ -97,7 +97,8 @@ def curves(
     axes.grid(alpha=0.3)
     axes.margins(y=0.12)  # room for the boundaries' words
     if y_most is not None:
-        axes.set_ylim(top=y_most)
+        least = min(y for _, ys in series.values() for y in ys)
+        axes.set_ylim(least - 0.06 * (y_most - least), y_most)
     if len(series) > 1:
         axes.legend()
     with atomic_path(path) as temporary:

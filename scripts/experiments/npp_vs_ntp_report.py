@@ -28,7 +28,12 @@ from utils.log import read_metrics
 from utils.samples import Samples
 from utils.settings import differences
 
-CONTROL, COMPUTE = "ntp", "ntp-compute"
+CONTROL, COMPUTE, PUBLISHED = "ntp", "ntp-compute", "ntp-constant"
+OTHERS = {  # what arms are compared with; the last two with Next Patch Prediction only
+    CONTROL: "the control",
+    COMPUTE: "next-token training at the compute of npp2",
+    PUBLISHED: "next-token training at a constant rate, as in the paper",
+}
 ARMS = {
     "ntp": "next-token, learning rate warmed up and decayed: the control",
     "npp2": "Next Patch Prediction in two levels: half of the epochs on 2x2 patches, half on single codes",
@@ -230,15 +235,15 @@ def sweep_table(e: Experiment) -> list[str]:
 
 
 def sentences(e: Experiment) -> list[str]:
-    """What holds and what does not: each arm beside the control and beside next-token training of equal compute."""
+    """What holds and what does not: the differences between arms."""
     measures = {
         "validation loss": (lambda run: list(run.val_losses.values())[-1], " nats a code"),
         "FID": (lambda run: run.figures[e.scale]["fid"], ""),
     }
     lines = []
     for arm in e.trained:
-        for other, name in ((CONTROL, "the control"), (COMPUTE, "next-token training at the compute of npp2")):
-            if arm == other or other not in e.trained or (other == COMPUTE and not arm.startswith("npp")):
+        for other, name in OTHERS.items():
+            if arm == other or other not in e.trained or (other != CONTROL and not arm.startswith("npp")):
                 continue
             if not e.trained[arm].keys() & e.trained[other].keys():
                 continue
@@ -264,14 +269,16 @@ def draw_all(e: Experiment, pictures: str) -> None:
             for step in {level.stop for level in e.levels(arm)[:-1]} & set(steps):
                 rings[0].append(xs[steps.index(step)])
                 rings[1].append(losses[steps.index(step)])
+        most = max(losses[-1] for _, losses in series.values()) + 0.5
+        rings = (rings[0], [min(loss, 0.99 * most) for loss in rings[1]])
         draw.curves(
             f"{pictures}loss_{name.lower()}.png",
             series,
             x_label=f"{name} of training",
             y_label="validation loss (nats a code)",
-            title="On single codes, mean of the seeds; a ring is the end of a level before the last",
+            title="On single codes, mean of the seeds; rings, at their places or above, are ends of levels",
             rings=rings,
-            y_most=max(losses[-1] for _, losses in series.values()) + 0.5,
+            y_most=most,
         )
     points = {arm: ([e.flops(arm)] * len(runs), e.figure(arm, "fid")) for arm, runs in e.trained.items()}
     draw.curves(
