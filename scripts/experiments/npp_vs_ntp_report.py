@@ -202,6 +202,7 @@ def verdict(changes: Sequence[float], unit: str) -> str:
 def arms_table(e: Experiment) -> list[str]:
     head = [
         "arm",
+        "seeds",
         "levels",
         "FLOPs",
         "of the control",
