@@ -123,7 +123,7 @@ def test_the_report(measured, monkeypatch):
     assert f"- **npp2** beside next-token training at the compute of npp2: validation loss -0.100 {more}" in text
     assert "| ntp | 3 | 1x1 2 |" in text and "| npp2 | 3 | 2x2 1, 1x1 1 |" in text
     rows = [
-        line for line in text.splitlines() if line.startswith("| ") and " seconds | " in line or "| ntp | 3 |" in line
+        line for line in text.splitlines() if (line.startswith("| ") and " seconds | " in line) or "| ntp | 3 |" in line
     ]
     assert len(rows) == 2 and rows[0].count("|") == rows[1].count("|")
     assert "| ntp | 4.010 ± 0.010 | 2.010 ± 0.010 | 3.010 ± 0.010 |" in text
