@@ -5,7 +5,7 @@
     PRETRAINED_MODELS/user/repo/file.json   its record: repository, file, revision (a commit), sha256, bytes, mtime_ns
 
 huggingface_hub transfers them, with its retries, timeouts and progress bar. Its hf_hub_download is not used: it throws an
-unfinished file away, and does not compare what came with the sha256 that the Hub lists.
+unfinished file away, and does not compare the download with the sha256 that the Hub lists.
 """
 
 import fcntl

@@ -16,7 +16,7 @@ def ema_copy(model: nn.Module) -> nn.Module:
 def warm_decay(decay: float, step: int) -> float:
     """The decay of update `step` (from 1): at most (1 + step) / (10 + step), so that a short run's average is of it.
 
-    Long runs keep theirs: 0.9999 is reached after 90,000 updates, and what came before has no weight 100,000 later.
+    Long runs keep theirs: the decay is 0.9999 from update 90,000 on, and earlier weights do not count 100,000 updates later.
     """
     return min(decay, (1 + step) / (10 + step))
 

@@ -60,7 +60,7 @@ def can_compile(device: torch.device) -> bool:
     except Exception as error:  # InductorError around a compiler's or Triton's own, mostly
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         note(
-            f"warning: torch.compile does not work on this machine ({reason[:200]}), so this goes on without it, which is "
+            f"warning: torch.compile does not work on this machine ({reason[:200]}), so the run continues without it, which is "
             "slower: install a C++ compiler and Python's headers (python3-dev), or give --no-compile"
         )
         return False

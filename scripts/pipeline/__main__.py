@@ -3,7 +3,7 @@
     bash scripts/pipeline.sh --images PICTURES --image-size 64 --time-budget 30m [--dry-run]
 
 The plan is printed before anything starts: what is chosen, from the images, the device and the time, and how long each
-stage will take. Every choice can be given. RUN/report.html and RUN/report.md say what came out.
+stage will take. Every choice can be given. RUN/report.html and RUN/report.md hold the results.
 """
 
 import re
