@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from dataset import fashion_mnist
-from dataset.images import ImageFolder, load_image
+from dataset.crops import load_image
+from dataset.images import ImageFolder
 from utils.cli import InputError
 from utils.testing import assert_refused, run_script
 

@@ -15,21 +15,8 @@ from PIL import Image, PngImagePlugin
 from torchvision import datasets
 
 from dataset import listing
-from dataset.images import (
-    VIEWS,
-    CropRequest,
-    ImageFolder,
-    ImageSettings,
-    Unreadable,
-    center_crop,
-    center_crops,
-    crops_in_memory,
-    cut_views,
-    decode,
-    load_image,
-    random_crop,
-    read_crops,
-)
+from dataset.crops import VIEWS, Unreadable, center_crop, center_crops, cut_views, decode, load_image, random_crop
+from dataset.images import CropRequest, ImageFolder, ImageSettings, crops_in_memory, read_crops
 from utils.cli import InputError
 from utils.pixels import to_float
 from utils.testing import PATIENCE

@@ -19,7 +19,7 @@ from torch import nn
 from autoregressive.models import gpt
 from autoregressive.models.load import GPT
 from dataset.codes.manifest import load_array, read_manifest
-from dataset.images import Unreadable, decode
+from dataset.crops import Unreadable, decode
 from evaluations.c2i.features import FeatureNetwork
 from tokenizer.tokenizer_image import vq_model
 from tokenizer.tokenizer_image.load import Tokenizer

@@ -30,7 +30,8 @@ from autoregressive.train.extraction import (
     missing_shards,
 )
 from dataset.codes import LAYOUTS, SHARD_SIZE, Manifest, Place, Writer
-from dataset.images import VIEWS, ImageFolder, ImageSettings, skipped_text
+from dataset.crops import VIEWS
+from dataset.images import ImageFolder, ImageSettings, skipped_text
 from dataset.listing import ImagesPath
 from pretrained_models.catalogue import WeightsFile
 from tokenizer.tokenizer_image.load import Tokenizer

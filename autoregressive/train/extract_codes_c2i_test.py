@@ -24,7 +24,8 @@ from dataset import images as images_module
 from dataset.codes import Codes
 from dataset.codes import __main__ as codes_command
 from dataset.codes.toy import unfinish
-from dataset.images import VIEWS, ImageFolder, cut_views, load_image
+from dataset.crops import VIEWS, cut_views, load_image
+from dataset.images import ImageFolder
 from tokenizer.tokenizer_image.load import Tokenizer
 from tokenizer.tokenizer_image.vq_model import PRESETS, VQModel, preset
 from utils import checkpoint, cli

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dataset.codes import Manifest, Writer
-from dataset.images import CropRequest, ImageFolder, cut_views, read_crops
+from dataset.crops import cut_views
+from dataset.images import CropRequest, ImageFolder, read_crops
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 from utils.distributed import World, autocast, cores
 from utils.log import progress

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.patches import to_patches
-from autoregressive.train.plan import Plan
+from autoregressive.train.schedule import Plan
 from dataset.codes import Codes
 from dataset.sampler import epoch_batches
 from utils import streams

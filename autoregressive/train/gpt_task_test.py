@@ -13,8 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from autoregressive.models.gpt import GPTConfig, Transformer
 from autoregressive.models.patches import to_patches
 from autoregressive.train.gpt_task import Data, GPTTask, PatchLoss
-from autoregressive.train.plan import Plan
-from autoregressive.train.schedule import Level, in_steps, learning_rate, patch_levels
+from autoregressive.train.schedule import Level, Plan, in_steps, learning_rate, patch_levels
 from utils.distributed import World, autocast
 from utils.ema import ema_copy, update_ema
 from utils.engine import Trainer, clip_gradients, update

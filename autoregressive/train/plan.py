@@ -1,183 +1,21 @@
-"""A run's plan: its levels in steps, the learning rate of each step, what it costs, as a table and as a picture.
+"""Before a run: what each GPU would hold, what to set so that it fits, and how long it would take.
 
     python -m autoregressive.train.plan --gpt-model GPT-XXL --gpus 32 --gpu h100
 
-says before a run what each GPU would hold, what to set so that it fits, and how long it would take. --all: of every model.
+--all: of every model.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from pydantic import model_validator
 from typing_extensions import Self
 
 from autoregressive.models.gpt import PRESETS, GPTConfig, preset
-from autoregressive.models.patches import grid_side
 from autoregressive.train.memory import Memory, memory, meta_model, parameters
-from autoregressive.train.schedule import (
-    Level,
-    free_levels,
-    in_steps,
-    learning_rate,
-    level_at,
-    patch_levels,
-    relative_cost,
-)
-from utils import cli, draw
-from utils.cli import InputError
-from utils.settings import (
-    Fraction,
-    ImageSize,
-    NonNegative,
-    Positive,
-    PositiveFraction,
-    PositiveInt,
-    Settings,
-    one_of,
-    setting,
-)
-
-
-def whole_number(n: int) -> str:
-    """1,234 in full, 1.23e+06 from a million on."""
-    return f"{n:,}" if n < 1_000_000 else f"{n:.3g}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Levels in steps; the rate is `lr` throughout, or warms up and decays in each level where `scheduler` is set."""
-
-    levels: Sequence[Level]
-    steps_per_epoch: int
-    lr: float
-    scheduler: bool = False
-    end_lr: float = 0.0
-    warmup_epochs: float = 0.0
-    decay_ratio: float = 0.0
-
-    @property
-    def total(self) -> int:
-        return self.levels[-1].stop
-
-    def level(self, step: int) -> Level:
-        """The level of update `step`."""
-        return level_at(self.levels, step)
-
-    def rate(self, step: int) -> float:
-        """The learning rate of update `step`."""
-        if not self.scheduler:
-            return self.lr
-        return learning_rate(
-            step, self.levels, lr=self.lr, end_lr=self.end_lr,
-            warmup=self.warmup_epochs * self.steps_per_epoch, decay_ratio=self.decay_ratio,
-        )  # fmt: skip
-
-    def remaining(self, step: int, cost: Callable[[int], float]) -> float:
-        """The cost of the updates from `step` on, where cost(patch) is that of one."""
-        return sum(max(0, s.stop - max(s.start, step)) * cost(s.patch) for s in self.levels)
-
-    def table(self, batch: int, tokens: int, flops: Callable[[int], float]) -> str:
-        """A row a level: steps, positions, FLOPs and learning rates, for `batch` images of `tokens` codes a step.
-
-        flops: the FLOPs of training on one image at a patch side.
-        """
-        rows = [("patch", "epochs", "steps", "positions", "FLOPs", "of the cost", "lr: first, middle, last")]
-        whole = self.remaining(0, flops)
-        for level in self.levels:
-            steps = level.stop - level.start
-            shown = (level.start, (level.start + level.stop - 1) // 2, level.stop - 1)
-            rows.append((
-                f"{level.patch}x{level.patch}",
-                f"{level.start / self.steps_per_epoch:g}-{level.stop / self.steps_per_epoch:g}",
-                f"{steps}",
-                whole_number(steps * batch * tokens // level.patch**2),
-                f"{steps * batch * flops(level.patch):.3g}",
-                f"{steps * flops(level.patch) / whole:.1%}",
-                ", ".join(f"{self.rate(step):.2e}" for step in shown),
-            ))  # fmt: skip
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        positions = relative_cost(self.levels)
-        share = whole / (self.total * flops(1))
-        lines.append(
-            f"cost relative to next-token training of the same epochs: {positions:.3f} (positions), {share:.3f} (FLOPs)"
-        )
-        if self.levels[-1].patch != 1:
-            lines.append("note: the last level is not on single codes, and sampling draws single codes")
-        return "\n".join(lines)
-
-    def draw(self, path: str | Path, title: str) -> None:
-        """A picture of the learning rate over the epochs, with the levels' boundaries."""
-        points = 1000
-        steps = sorted(
-            {round(i * (self.total - 1) / points) for i in range(points + 1)}
-            | {step for s in self.levels for step in (s.start, s.stop - 1)}
-        )
-        draw.curves(
-            path,
-            {"learning rate": ([s / self.steps_per_epoch for s in steps], [self.rate(s) for s in steps])},
-            x_label="epoch", y_label="learning rate", boundaries=self.boundaries(),
-            title=f"{title}: {relative_cost(self.levels):.3f} of the positions of next-token training",
-        )  # fmt: skip
-
-    def boundaries(self) -> dict[float, str]:
-        """Where each level begins, in epochs, and its name."""
-        return {s.start / self.steps_per_epoch: f"{s.patch}x{s.patch}" for s in self.levels}
-
-
-class ScheduleSettings(Settings):
-    """Which patch side when, and how the learning rate follows."""
-
-    patch_level: PositiveInt | None = setting(
-        None, "levels: patch sides 2**(n-1) .. 1; 1 is next-token; 2 if not given"
-    )
-    epoch_rate: PositiveFraction | None = setting(None, "levels end at epochs * rate**i; 0.5 if not given")
-    epochs: PositiveInt | None = setting(None, "of the whole run; 300 if not given")
-    patch_sizes: list[PositiveInt] | None = setting(None, "any other schedule: the patch side of each level, and")
-    patch_epochs: list[Positive] | None = setting(None, "how many epochs each one lasts, or")
-    patch_steps: list[PositiveInt] | None = setting(None, "how many steps")
-    scheduler: bool = setting(False, "warm-up and decay in each level; constant --lr without it")
-    warmup_epochs: NonNegative = setting(1.0)
-    decay_ratio: Fraction = setting(0.2, "last part of each level over which the rate decays")
-    end_lr: NonNegative = setting(1e-5)
-
-    @model_validator(mode="after")
-    def _one_schedule(self) -> Self:
-        if self.patch_sizes is None:
-            if self.patch_epochs or self.patch_steps:
-                raise ValueError(
-                    "--patch-epochs and --patch-steps say how long each of --patch-sizes lasts: give those too"
-                )
-        elif self.patch_level or self.epoch_rate or self.epochs:
-            raise ValueError(
-                "--patch-sizes makes a schedule of its own: leave out --patch-level, --epoch-rate and --epochs"
-            )
-        elif bool(self.patch_epochs) == bool(self.patch_steps):
-            raise ValueError("--patch-sizes needs either --patch-epochs or --patch-steps: how long each level lasts")
-        return self
-
-    def plan(self, lr: float, steps_per_epoch: int, tokens: int) -> Plan:
-        """The levels in steps. Raises InputError for one without a step, or whose side does not divide the grid of codes."""
-        try:
-            if self.patch_sizes is None:
-                levels = patch_levels(self.epochs or 300, self.patch_level or 2, self.epoch_rate or 0.5)
-                levels = in_steps(levels, steps_per_epoch)
-            elif self.patch_epochs:
-                levels = in_steps(free_levels(self.patch_sizes, self.patch_epochs), steps_per_epoch)
-            else:
-                levels = free_levels(self.patch_sizes, self.patch_steps)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        side = grid_side(tokens)
-        for level in levels:
-            if side % level.patch:
-                raise InputError(
-                    f"the schedule has patches of side {level.patch}, which does not divide the grid of {side}x{side} codes"
-                )
-        return Plan(levels, steps_per_epoch, lr, self.scheduler, self.end_lr, self.warmup_epochs, self.decay_ratio)
-
+from autoregressive.train.schedule import Plan, ScheduleSettings
+from utils import cli
+from utils.settings import ImageSize, Positive, PositiveFraction, PositiveInt, one_of, setting
 
 GPUS = {  # GB and dense bf16 FLOP/s of the data sheets
     "a100-40": (40, 312e12),

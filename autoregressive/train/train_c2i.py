@@ -25,8 +25,8 @@ from autoregressive.models.load import GPT
 from autoregressive.models.patches import grid_side
 from autoregressive.train.fine_tune import fitted
 from autoregressive.train.gpt_task import Data, GPTTask
-from autoregressive.train.plan import Plan, ScheduleSettings
 from autoregressive.train.preview import Preview
+from autoregressive.train.schedule import Plan, ScheduleSettings
 from dataset.codes import Codes
 from pretrained_models.catalogue import WeightsFile
 from tokenizer.tokenizer_image.load import Tokenizer

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.images import load_image
+from dataset.crops import load_image
 from evaluations.c2i import checks, evaluator
 from evaluations.c2i.classifier import Classifier, fused
 from evaluations.c2i.inception import load_inception

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dataset.images import ImageFolder, Unreadable, quiet_pillow
+from dataset.crops import Unreadable
+from dataset.images import ImageFolder, quiet_pillow
 from utils.cli import InputError
 from utils.samples import LARGEST_SIDE, Samples
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.images import load_image
+from dataset.crops import load_image
 from evaluations.c2i import reference
 from utils.cli import InputError
 from utils.files import file_lock

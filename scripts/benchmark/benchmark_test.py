@@ -14,7 +14,7 @@ from utils import machine
 def last_line(capsys, monkeypatch):
     """last_line(module, *arguments): the JSON that a benchmark ends with; all in this process, rates measured by one call."""
     monkeypatch.setattr(harness, "in_a_process", lambda call, *arguments, quiet=False: call(*arguments))
-    for module in (machine, sample, data):
+    for module in (machine, sample, data, train):
         monkeypatch.setattr(module, "durations", lambda call, *_, **__: [harness.timed(call)[0]])
 
     def run(module, *arguments: object) -> dict:
@@ -51,6 +51,17 @@ def test_training(last_line):
     assert [row["positions"] for row in steps] == [1, 0.25, 0.0625]
     assert [(row["levels"], row["positions"]) for row in runs] == [(1, 1.0), (2, 0.625)]
     assert all(0 < row["steps alone"] < row["seconds"] for row in runs)
+
+
+def test_operations(last_line):
+    rows = last_line(train, *TINY, "--batch-size", 2, "--steps", 1, "--measure", "operations")["operations"]
+    assert [row["operation"] for row in rows].count("product, dweight") == 3
+    assert {row["shape"] for row in rows if row["operation"] == "dropout"} == {
+        "16 positions",
+        "4 positions",
+        "1 positions",
+    }
+    assert all(row["gain"] == row["PyTorch's"] / row["ms"] for row in rows)
 
 
 def test_a_patch_side_that_does_not_fit_is_refused():

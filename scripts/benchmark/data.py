@@ -33,7 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from autoregressive.train.extract_codes_c2i import ExtractionSettings, encoder_of, manifests, work
 from autoregressive.train.extraction import Encoder, crop_side
 from dataset.codes import Codes, Manifest, Place, Writer
-from dataset.images import ImageFolder, center_crops, cut_views
+from dataset.crops import center_crops, cut_views
+from dataset.images import ImageFolder
 from dataset.sampler import epoch_batches
 from scripts.benchmark import harness
 from scripts.benchmark.harness import CPU

@@ -3,13 +3,15 @@
     python -m scripts.benchmark.train --gpt-model GPT-B --batch-size 4 --patch-sizes 1 2 4 8
     python -m scripts.benchmark.train --gpt-model GPT-L --batch-size 256 --compile                # on a GPU
     python -m scripts.benchmark.train --measure runs --gpt-model GPT-B --batch-size 8
+    python -m scripts.benchmark.train --measure operations --gpt-model GPT-B --batch-size 4
     python -m scripts.benchmark.train --measure memory --gpt-model GPT-B --batch-size 2 --image-tokens 16 --vocab-size 64
 
 steps: what the trainer does in a step, on random codes: gather them from packed shards, forward, backward, clipping,
 AdamW. MFU counts 6 FLOPs for each matrix weight and position, and causal attention, against the matmul rate measured in
 the same run. runs: the whole training command, with its start, checkpoints and curves. These cost the same at every level,
-so short runs show less of the saving than long ones. memory: what the first of two processes had resident, by ddp and fsdp,
-beyond what it has with GPT-XXS, beside what autoregressive.train.plan counts.
+so short runs show less of the saving than long ones. operations: those of utils/kernels.py beside PyTorch's own, on a CPU,
+at the shapes of a step; the group norm is that of the small tokenizer. memory: what the first of two processes had resident,
+by ddp and fsdp, beyond what it has with GPT-XXS, beside what autoregressive.train.plan counts.
 """
 
 import itertools
@@ -18,27 +20,29 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from autoregressive.models.gpt import PRESETS, Transformer, preset
 from autoregressive.models.patches import grid_side
 from autoregressive.train import train_c2i
 from autoregressive.train.gpt_task import Data, GPTTask
 from autoregressive.train.memory import memory
-from autoregressive.train.plan import Plan
-from autoregressive.train.schedule import Level, patch_levels, relative_cost
+from autoregressive.train.schedule import Level, Plan, patch_levels, relative_cost
 from dataset.codes import Codes, toy
 from scripts.benchmark import harness
-from utils import cli
+from scripts.benchmark.harness import CPU
+from utils import cli, kernels
 from utils.distributed import World, autocast, best_device, precision_dtype
 from utils.engine import update
 from utils.log import read_metrics
-from utils.machine import keep_freed_memory, matmul_rate, peak_memory, reset_peak_memory
+from utils.machine import durations, keep_freed_memory, matmul_rate, peak_memory, reset_peak_memory
 from utils.runs import numbered_folders
 from utils.settings import Fraction, PositiveInt, Settings, one_of, setting
 from utils.task import EngineSettings
@@ -51,7 +55,7 @@ DROPOUT = {"token_dropout_p": 0.1, "resid_dropout_p": 0.1, "ffn_dropout_p": 0.1}
 class TrainBenchmarkSettings(Settings):
     """The settings of this benchmark; see --help."""
 
-    measure: list[one_of(("steps", "runs", "memory"))] = setting(["steps"])
+    measure: list[one_of(("steps", "runs", "operations", "memory"))] = setting(["steps"])
     gpt_model: one_of(PRESETS) = setting("GPT-S")
     batch_size: PositiveInt = setting(16)
     image_tokens: PositiveInt = setting(256, "codes an image")
@@ -176,6 +180,44 @@ def run_costs(s: TrainBenchmarkSettings, device: torch.device) -> list[dict[str,
     return rows
 
 
+def operation_costs(s: TrainBenchmarkSettings) -> list[dict[str, Any]]:
+    """A row an operation and shape: milliseconds of ours and of PyTorch's own, medians of calls in turn.
+
+    Products are forward passes and gradients one by one, in float32; the others are forward and backward passes.
+    """
+    config = preset(s.gpt_model, vocab_size=s.vocab_size, block_size=s.image_tokens)
+    width, heads, rows = config.dim, config.n_head, []
+
+    def both_passes(operation: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], Any]:
+        inputs = [x.clone().requires_grad_() for x in inputs]
+        gradient = torch.randn_like(operation(*inputs))
+        return lambda: torch.autograd.grad(operation(*inputs), inputs, gradient)
+
+    def compare(name: str, shape: str, ours: Callable[[], Any], theirs: Callable[[], Any]) -> None:
+        turns = [[1000 * min(durations(call, 3, CPU, warmup=1)) for call in (ours, theirs)] for _ in range(s.steps)]
+        a, b = map(statistics.median, zip(*turns, strict=True))
+        rows.append({"operation": name, "shape": shape, "ms": a, "PyTorch's": b, "gain": b / a})
+
+    images = s.batch_size * s.image_tokens
+    for name, out in (("qkv", 3 * width), ("w1", config.ffn_hidden), ("head", s.vocab_size)):
+        x, weight, gradient = torch.randn(images, width), torch.randn(out, width), torch.randn(images, out)
+        for part, a, b in (("forward", x, weight.t()), ("dx", gradient, weight), ("dweight", gradient.t(), x)):
+            compare(f"product, {part}", name, partial(kernels.product, a, b), partial(torch.matmul, a, b))
+    for patch in s.patch_sizes:
+        positions = s.image_tokens // patch**2
+        qkv = [torch.randn(s.batch_size, heads, positions, width // heads, dtype=torch.bfloat16) for _ in range(3)]
+        ours, theirs = (partial(f, is_causal=True) for f in (kernels.attention, F.scaled_dot_product_attention))
+        compare("attention, bf16", f"{positions} positions", both_passes(ours, *qkv), both_passes(theirs, *qkv))
+        x = torch.randn(s.batch_size, positions, width)
+        ours, theirs = (partial(f, p=0.1, training=True) for f in (kernels.dropout, F.dropout))
+        compare("dropout", f"{positions} positions", both_passes(ours, x), both_passes(theirs, x))
+    x = torch.randn(64, 64, 16, 16, dtype=torch.bfloat16)
+    with autocast(CPU, torch.bfloat16):
+        norms = [both_passes(norm(32, 64), x) for norm in (kernels.GroupNorm, nn.GroupNorm)]
+        compare("group norm, bf16", "64x64x16x16", *norms)
+    return rows
+
+
 def memory_costs(s: TrainBenchmarkSettings) -> list[dict[str, Any]]:
     """A row a way to train: GB resident at the peak of the first of two processes, with an average of the weights, on CPUs."""
     with tempfile.TemporaryDirectory() as name:
@@ -218,6 +260,11 @@ def main(arguments: list[str] | None = None) -> None:
         harness.table(results["runs"], {
             "levels": "d", "seconds": ".1f", "of next-token": ".3f", "steps alone": ".1f", "steps of next-token": ".3f",
             "positions": ".3f",
+        })  # fmt: skip
+    if "operations" in s.measure:
+        results["operations"] = operation_costs(s)
+        harness.table(results["operations"], {
+            "operation": "s", "shape": "s", "ms": ".2f", "PyTorch's": ".2f", "gain": ".2f",
         })  # fmt: skip
     if "memory" in s.measure:
         results["memory"] = memory_costs(s)

@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from dataset.archives import ARCHIVES, is_archive, unpack
-from dataset.images import ImageFolder, evenly_spaced, reason
+from dataset.crops import reason
+from dataset.images import ImageFolder, evenly_spaced
 from dataset.listing import SUFFIXES, TABLES, is_table, shown
 from dataset.split import held_out, write_table
 from scripts.pipeline.settings import PipelineSettings

@@ -11,7 +11,7 @@ import torch
 from autoregressive.models.gpt import GPTConfig, Transformer
 from autoregressive.models.patches import to_patches
 from autoregressive.models.sampler import ImageSampler
-from dataset.images import Unreadable, center_crop, decode
+from dataset.crops import Unreadable, center_crop, decode
 from evaluations.c2i.classifier import Classifier
 from tokenizer.tokenizer_image.vq_loss import vq_loss
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.images import ImageFolder, load_image, random_crop
+from dataset.crops import load_image, random_crop
+from dataset.images import ImageFolder
 from dataset.sampler import Selection
 from tokenizer.tokenizer_image import vq_data
 from utils.cli import InputError
