@@ -187,7 +187,7 @@ def _fetch_from_hub(repo: str, file: str, revision: str | None, path: Path) -> N
 
     def verify(_part: Path, record: DownloadRecord) -> None:
         if re.fullmatch("[0-9a-f]{64}", listed.etag) and record.sha256 != listed.etag:
-            raise InputError(f"what came as {file} is not what the Hub lists (sha256): try again, or {by_hand}")
+            raise InputError(f"the downloaded {file} is not what the Hub lists (sha256): try again, or {by_hand}")
 
     url = hf_hub_url(repo, file, revision=listed.commit_hash)
     source = {"repo": repo, "file": file, "revision": listed.commit_hash}

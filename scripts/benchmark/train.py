@@ -211,7 +211,7 @@ def operation_costs(s: TrainBenchmarkSettings) -> list[dict[str, Any]]:
         x = torch.randn(s.batch_size, positions, width)
         ours, theirs = (partial(f, p=0.1, training=True) for f in (kernels.dropout, F.dropout))
         compare("dropout", f"{positions} positions", both_passes(ours, x), both_passes(theirs, x))
-    x = torch.randn(64, 64, 16, 16, dtype=torch.bfloat16)
+    x = torch.randn(64, 64, 16, 16, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     with autocast(CPU, torch.bfloat16):
         norms = [both_passes(norm(32, 64), x) for norm in (kernels.GroupNorm, nn.GroupNorm)]
         compare("group norm, bf16", "64x64x16x16", *norms)

@@ -34,14 +34,17 @@ emoji() {
     done
 }
 
-# images NAME SIZE COMMAND...: data, the batches to compare with, and a classifier, which is the feature network
+# images NAME SIZE COMMAND...: data, and two classifiers of it, which differ in their seed: one for the perceptual loss, one
+# that judges all reconstructions, and that no tokenizer was trained with
 images() {
-    local name="$1" size="$2"; shift 2
+    local name="$1" size="$2" network seed=0; shift 2
     chain=
     stage "$name-data" "$@"
-    stage "$name-classifier" bash scripts/evaluations/train_classifier.sh --data-path "$RUN/$name/train" \
-        --val-path "$RUN/$name/test" --image-size "$size" --name "$name-classifier" --out "$RUN/$name-classifier.pt2" \
-        --global-batch-size 64 --epochs "$CLASSIFIER_EPOCHS"
+    for network in classifier judge; do
+        stage "$name-$network" bash scripts/evaluations/train_classifier.sh --data-path "$RUN/$name/train" \
+            --val-path "$RUN/$name/test" --image-size "$size" --name "$name-$network" --out "$RUN/$name-$network.pt2" \
+            --global-batch-size 64 --epochs "$CLASSIFIER_EPOCHS" --global-seed "$((seed++))"
+    done
 }
 
 # tokenizer SET VARIANT DATA SIZE PRESET BATCH EPOCHS FLAG...: train it, reconstruct the test images, measure
@@ -60,7 +63,7 @@ tokenizer() {
     stage "$set-$variant-reconstruct" bash scripts/tokenizer/reconstruct_vq.sh --data-path "$RUN/$data/test" \
         --vq-ckpt "$out/vq.pt" --image-size "$size" --out "$out.npz"
     stage "$set-$variant-evaluate" "$PYTHON" evaluations/c2i/evaluator.py "$out-reference.npz" "$out.npz" \
-        --network "$RUN/$data-classifier.pt2"
+        --network "$RUN/$data-judge.pt2"
 }
 
 install

@@ -42,8 +42,8 @@ def report(run: Path) -> str:
         "# Tokenizers", "",
         f"{time.strftime('%Y-%m-%d')}, {machine['device']}, {machine['threads']} threads, torch {machine['torch']}.", "",
         HEAD, *(row(run, name) for name in names), "",
-        "FD compares the reconstructions of the test images with those images, in the features of a classifier of the training "
-        "images. It is also the perceptual network: of `perceptual` and `both` it says less than of the others.", "",
+        "FD compares the reconstructions of the test images with those images, in the features of a classifier that no "
+        "tokenizer was trained with. The perceptual loss uses another one, with another seed.", "",
     ]  # fmt: skip
     for name in names:
         lines += [f"## {name}", "", f"![{name}]({name}.png)", ""]
