@@ -266,7 +266,7 @@ class Trainer:
             return {}
         losses, _ = update(
             partial(opponent.loss, self.opponent_objective), self.opponent_objective, opponent.optimizer, batches,
-            lr=self.lr, max_grad_norm=s.max_grad_norm, scaler=self.opponent_scaler, amp=self.amp,
+            lr=self.lr * opponent.lr_ratio, max_grad_norm=s.max_grad_norm, scaler=self.opponent_scaler, amp=self.amp,
         )  # fmt: skip
         return {name: value for name, value in losses.items() if name != "loss"}
 

@@ -64,16 +64,18 @@ class EngineSettings(Settings):
 
 class Opponent(NamedTuple):
     """A second model that is trained in turn with the first one, such as a GAN's discriminator, on what the first one's update
-    leaves behind. It shares the learning rate; its model and optimizer are among Task.parts().
+    leaves behind. Its model and optimizer are among Task.parts().
 
     objective: the module around it that is called for the loss. batches: the micro-batches that update `step` (0-based) left
     behind, on the device; none: the opponent is not trained in it. loss: as Task.loss, of one of them; its parts are logged.
+    lr_ratio: its learning rate is that of the first model, times this.
     """
 
     objective: nn.Module
     optimizer: torch.optim.Optimizer
     batches: Callable[[int], Sequence[Sequence[Tensor]]]
     loss: Callable[[nn.Module, Sequence[Tensor]], dict[str, Tensor]]
+    lr_ratio: float = 1.0
 
 
 class Task(ABC):

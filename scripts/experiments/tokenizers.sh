@@ -55,7 +55,7 @@ tokenizer() {
         plain-longer) epochs=$((2 * epochs)) ;;
         perceptual | both) extra+=(--perceptual-network "$RUN/$data-classifier.pt2") ;;
     esac
-    case "$variant" in adversarial | both) extra+=(--disc-weight 0.5) ;; esac
+    case "$variant" in adversarial | both) extra+=(--disc-weight 0.1) ;; esac
     chain="$data"
     stage "$set-$variant-train" bash scripts/tokenizer/train_vq.sh --data-path "$RUN/$data/train" --vq-model "$model" \
         --image-size "$size" --global-batch-size "$batch" --epochs "$epochs" --results-dir "$out" --log-every 25 \

@@ -1,5 +1,6 @@
 """The settings of tokenizer training: the published recipe for the published presets, what serves small images for others."""
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,8 +46,8 @@ PUBLISHED = {
 }  # fmt: skip
 SMALL = {
     "lr": 3e-3, "end_lr": 1e-5, "warmup_ratio": 0.05, "weight_decay": 0.05, "ema_decay": 0.999, "restart_dead_codes": 50,
-    "perceptual_weight": 0.0, "disc_weight": 0.0, "disc_start": None, "disc_adaptive_weight": True, "disc_dim": 32,
-    "disc_layers": 2, "random_crop": False,
+    "perceptual_weight": 0.0, "disc_weight": 0.0, "disc_start": None, "disc_lr": 3e-4, "disc_adaptive_weight": True,
+    "disc_dim": 32, "disc_layers": 2, "random_crop": False,
 }  # fmt: skip
 MEDIUM = {**SMALL, "lr": 1e-3, "disc_dim": 64, "disc_layers": 3}
 # The defaults of each preset.
@@ -88,6 +89,9 @@ class TokenizerSettings(EngineSettings, ImageSettings):
     disc_start: Count | None = setting(
         None, "updates before the discriminator begins; default: the preset's, or half of the run", metavar="STEPS"
     )
+    disc_lr: Positive | None = setting(
+        None, "learning rate of the discriminator where the tokenizer has --lr; default: the preset's, at most --lr"
+    )
     disc_adaptive_weight: bool | None = setting(
         None, f"times the ratio of gradient norms at the decoder's last layer; {OF_PRESET}"
     )
@@ -114,8 +118,9 @@ class TokenizerSettings(EngineSettings, ImageSettings):
     def complete(self) -> "TokenizerSettings":
         """These settings with the preset's recipe in the place of what was not given."""
         recipe = dict(RECIPES[self.vq_model])
+        recipe["disc_lr"] = min(self.lr or recipe["lr"], recipe.get("disc_lr", math.inf))
         if self.perceptual_network:
-            recipe["perceptual_weight"] = 1.0
+            recipe["perceptual_weight"] = recipe["perceptual_weight"] or 0.1
         if self.finetune:
             recipe["disc_start"] = 0
         if self.lr is not None and self.end_lr is None:  # a recipe's rate is constant, or ends where it says

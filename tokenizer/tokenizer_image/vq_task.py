@@ -118,7 +118,7 @@ class TokenizerTask(Task):
         self.discriminator.to(device, memory_format=torch.channels_last)
         self.opponent = Opponent(
             DiscriminatorLoss(self.discriminator, s.disc_loss), adamw(self.discriminator, s),
-            self.judged, self.discriminator_loss,
+            self.judged, self.discriminator_loss, s.disc_lr / s.lr,
         )  # fmt: skip
         self.disc_start = self.steps // 2 if s.disc_start is None else s.disc_start
         # three passes for each of an image and its reconstruction, and two for the gradient of the adversarial loss

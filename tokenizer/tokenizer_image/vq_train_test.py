@@ -240,8 +240,8 @@ def test_updates_are_those_of_a_plain_loop(images, tmp_path, adaptive):
     """Two updates of both models by the formulas, one after the other, as LlamaGen's trainer does them."""
     change = {
         "disc-weight": 0.8, "disc-layers": 1, "disc-dim": 8, "disc-start": 0, "epochs": 1, "disc-loss": "vanilla",
-        "gen-loss": "non-saturating", "reconstruction-loss": "l1", "codebook-weight": 0.7, "max-grad-norm": 0.5,
-        "restart-dead-codes": 0,
+        "disc-lr": 1e-3, "gen-loss": "non-saturating", "reconstruction-loss": "l1", "codebook-weight": 0.7,
+        "max-grad-norm": 0.5, "restart-dead-codes": 0,
     }  # fmt: skip
     arguments = [*flags(images, tmp_path, **change), f"--{'' if adaptive else 'no-'}disc-adaptive-weight"]
     main(arguments)
@@ -266,7 +266,7 @@ def test_updates_are_those_of_a_plain_loop(images, tmp_path, adaptive):
         judged = F.binary_cross_entropy_with_logits(real, torch.ones_like(real))
         judged = (judged + F.binary_cross_entropy_with_logits(fake, torch.zeros_like(fake))) / 2
         (0.8 * judged).backward()
-        step_by_hand(task.opponent.optimizer, task.learning_rate(step))
+        step_by_hand(task.opponent.optimizer, task.learning_rate(step) * 1e-3 / settings.lr)
         row = read_metrics(tmp_path)[step]
         assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
         assert row["disc_loss"] == pytest.approx(judged.item(), rel=1e-4)
@@ -298,11 +298,13 @@ def test_published_recipe_and_overrides():
     assert (s.lr, s.end_lr, s.warmup_ratio, s.weight_decay, s.beta1, s.beta2) == (1e-4, 1e-4, 0, 0, 0.9, 0.95)
     assert (s.perceptual_weight, s.reconstruction_loss, s.disc_type, s.disc_loss) == (1, "l2", "patchgan", "hinge")
     assert (s.restart_dead_codes, s.ema_decay, s.max_grad_norm, s.disc_adaptive_weight) == (0, 0.9999, 1, False)
-    assert complete("--lr", "2e-4").end_lr == 2e-4
+    assert s.disc_lr == s.lr and complete("--lr", "2e-4").end_lr == complete("--lr", "2e-4").disc_lr == 2e-4
     assert complete("--vq-model", "VQ-8", "--finetune", "--ema").disc_start == 0
     assert complete("--finetune", "--disc-start", "7").disc_start == 7
     small = complete("--vq-model", "VQ-4-small")
-    assert (small.disc_weight, small.perceptual_weight, small.restart_dead_codes) == (0, 0, 50)
+    assert (small.disc_weight, small.perceptual_weight, small.restart_dead_codes, small.disc_lr) == (0, 0, 50, 3e-4)
+    for name, weight in (("VQ-16", 1), ("VQ-4-small", 0.1)):
+        assert complete("--vq-model", name, "--perceptual-network", __file__).perceptual_weight == weight
     assert small.identity() == {"perceptual": None, "accumulation": None}
     assert s.identity() == {"perceptual": "LPIPS", "accumulation": 1}
 
@@ -330,7 +332,7 @@ def test_perceptual_network(images, finished, tmp_path):
     changes = {"perceptual-network": tmp_path / "a.pt2", "epochs": 1}
     main(flags(images, tmp_path / "run", **changes))
     row, plain = read_metrics(tmp_path / "run")[0], read_metrics(finished)[0]
-    assert row["perceptual"] > 0 and row["loss"] == pytest.approx(plain["loss"] + row["perceptual"], rel=1e-5)
+    assert row["perceptual"] > 0 and row["loss"] == pytest.approx(plain["loss"] + 0.1 * row["perceptual"], rel=1e-5)
     (tmp_path / "b.pt2").write_bytes((tmp_path / "a.pt2").read_bytes())
     main(flags(images, tmp_path / "run", **changes | {"perceptual-network": tmp_path / "b.pt2"}))
     save_network(tmp_path / "b.pt2", Features(), 16, "a")
