@@ -1,17 +1,23 @@
-"""A table of scripts/experiments/tokenizers.sh: RUN/report.md, from what its stages left in RUN.
+"""A table and pictures of scripts/experiments/tokenizers.sh: RUN/report.md, from what its stages left in RUN.
 
 python -m scripts.experiments.tokenizers_report runs/tokenizers
 """
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from scripts.benchmark.harness import card
-from utils import cli, records
+from utils import cli, draw, records
 from utils.files import atomic_path
+from utils.samples import Samples
+
+VARIANTS = ("plain", "plain-longer", "perceptual", "adversarial", "both")
+COLUMNS = 12  # images in a picture
 
 HEAD = (
     "| tokenizer | seconds of training | PSNR | SSIM | codes in use | perplexity | FD (classifier) |\n"
@@ -30,10 +36,21 @@ def row(run: Path, name: str) -> str:
     )
 
 
+def compare(run: Path, data: str, variants: Sequence[str]) -> None:
+    """RUN/DATA.png: test images, and what became of them, a row a variant."""
+    reference = Samples(run / f"{data}-{variants[0]}-reference.npz")
+    step = max(1, len(reference) // COLUMNS)
+    files = [reference, *(Samples(run / f"{data}-{variant}.npz") for variant in variants)]
+    rows = [np.concatenate(list(file.batches(256)))[::step][:COLUMNS] for file in files]
+    draw.save_image(run / f"{data}.png", draw.image_grid(np.concatenate(rows), len(rows[0]), ["images", *variants], 2))
+
+
 def report(run: Path) -> str:
-    """The table and pictures of every tokenizer that was measured."""
-    names = sorted(path.name.removesuffix("-evaluate") for path in (run / "done").glob("*-evaluate"))
-    if not names:
+    """The table of every tokenizer that was measured; draws a picture of each set."""
+    done = {path.name.removesuffix("-evaluate") for path in (run / "done").glob("*-evaluate")}
+    sets = sorted({name.removesuffix(f"-{variant}") for name in done for variant in VARIANTS} - done)
+    found = {data: [variant for variant in VARIANTS if f"{data}-{variant}" in done] for data in sets}
+    if not found:
         raise cli.InputError(
             f"{run} holds no finished tokenizer: run scripts/experiments/tokenizers.sh with this RUN first"
         )
@@ -41,12 +58,13 @@ def report(run: Path) -> str:
     lines = [
         "# Tokenizers", "",
         f"{time.strftime('%Y-%m-%d')}, {machine['device']}, {machine['threads']} threads, torch {machine['torch']}.", "",
-        HEAD, *(row(run, name) for name in names), "",
+        HEAD, *(row(run, f"{data}-{variant}") for data, variants in found.items() for variant in variants), "",
         "FD compares the reconstructions of the test images with those images, in the features of a classifier that no "
         "tokenizer was trained with. The perceptual loss uses another one, with another seed.", "",
     ]  # fmt: skip
-    for name in names:
-        lines += [f"## {name}", "", f"![{name}]({name}.png)", ""]
+    for data, variants in found.items():
+        compare(run, data, variants)
+        lines += [f"## {data}", "", f"![A row a tokenizer]({data}.png)", ""]
     return "\n".join(lines)
 
 

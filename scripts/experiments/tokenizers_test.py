@@ -2,9 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from scripts.experiments.tokenizers_report import report
+from utils import samples
 from utils.cli import InputError
 
 SCRIPT = "tokenizers.sh"
@@ -42,11 +45,20 @@ def test_the_table(tmp_path):
     with pytest.raises(InputError, match="holds no finished tokenizer"):
         report(tmp_path)
     (tmp_path / "done").mkdir()
-    (tmp_path / "done" / "a-plain-evaluate").write_text("3\n1 2\n")
-    (tmp_path / "done" / "a-plain-train").write_text("70\n1 2\n")
-    figures = {"psnr": 26.2, "ssim": 0.91, "codebook_usage": 0.95, "perplexity": 300.4}
-    (tmp_path / "a-plain.json").write_text(json.dumps(figures))
-    (tmp_path / "a-plain.metrics.json").write_text(json.dumps({"metrics": {"fid": 0.95}}))
-    text = report(tmp_path)
-    assert "| a-plain | 70 | 26.20 | 0.9100 | 95.0% | 300 | 0.950 |" in text
-    assert "![a-plain](a-plain.png)" in text
+    pixels = np.zeros((30, 8, 8, 3), np.uint8)
+    for name in ("a-1-plain-longer", "a-1-plain"):
+        (tmp_path / "done" / f"{name}-evaluate").write_text("3\n1 2\n")
+        (tmp_path / "done" / f"{name}-train").write_text("70\n1 2\n")
+        figures = {"psnr": 26.2, "ssim": 0.91, "codebook_usage": 0.95, "perplexity": 300.4}
+        (tmp_path / f"{name}.json").write_text(json.dumps(figures))
+        (tmp_path / f"{name}.metrics.json").write_text(json.dumps({"metrics": {"fid": 0.95}}))
+        samples.write(tmp_path / f"{name}-reference.npz", [pixels], pixels.shape, np.zeros(30))
+        samples.write(tmp_path / f"{name}.npz", [pixels + 255], pixels.shape, np.zeros(30))
+    lines = report(tmp_path).splitlines()
+    rows = [
+        lines.index(f"| a-1-{name} | 70 | 26.20 | 0.9100 | 95.0% | 300 | 0.950 |") for name in ("plain", "plain-longer")
+    ]
+    assert rows[0] + 1 == rows[1]
+    assert "![A row a tokenizer](a-1.png)" in lines
+    with Image.open(tmp_path / "a-1.png") as picture:
+        assert len(picture.getcolors()) > 2
