@@ -25,7 +25,6 @@ TITLES = {
     "evaluate": "evaluation",
     "report": "report",
 }
-FEWEST_MEASURED = 4  # images of a file, which precision and recall need
 
 
 def python() -> str:
