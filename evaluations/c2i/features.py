@@ -15,7 +15,7 @@ from evaluations.c2i.metrics import Moments
 from utils.cli import InputError, explain
 from utils.files import sha256
 from utils.log import progress
-from utils.networks import read_network
+from utils.networks import read_network, save_network  # noqa: F401 (where users' scripts import it from)
 from utils.samples import Samples
 
 
