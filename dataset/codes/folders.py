@@ -138,6 +138,14 @@ class PerImage:
         listed = "".join(f"{name} {codes[name]} {labels[name]}\n" for name in names)
         self.state = hashlib.sha256(listed.encode()).hexdigest()[:16]
 
+    def gaps(self) -> str:
+        """In words, how many numbers below the last one have no file, where no manifest says why; "" if all have one."""
+        missing = int(self.numbers[-1]) + 1 - self.images
+        if self.manifest or not missing:
+            return ""
+        first = int((self.numbers != np.arange(self.images)).argmax())
+        return f" ({missing:,} of 0.npy to {self.numbers[-1]}.npy are missing, the first is {first}.npy)"
+
     def read(self, rows: range) -> tuple[np.ndarray, np.ndarray]:
         """Codes (n, views, tokens) int64 and labels (n,) int64 of consecutive images."""
         codes, labels = np.empty((len(rows), self.views, self.tokens), np.int64), np.empty(len(rows), np.int64)

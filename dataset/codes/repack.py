@@ -139,7 +139,7 @@ def _open_copy(copy: Place, source: PerImage) -> Packed | None:
 
 
 def _make_copy(copy: Place, source: PerImage) -> Packed:
-    note(f"{source.place.codes} has one file an image: packing it into {copy.root}, once")
+    note(f"{source.place.codes} has one file an image{source.gaps()}: packing it into {copy.root}, once")
     wanted = repacked(source, "packed").changed(source_id=source.state)
     # Without a manifest nothing tells of the codebook: codes take 16 bits, or 32 where one of them does not fit.
     for codebook_size in [wanted.codebook_size] if source.manifest else [1 << 16, LARGEST]:

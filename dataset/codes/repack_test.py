@@ -224,7 +224,8 @@ def test_a_published_folder_is_packed_once_and_again_when_it_changes(tmp_path, c
     assert opened.manifest is None and "toy32_packed" in opened.hint
     assert np.array_equal(opened.batch(np.arange(23), np.ones(23, int))[0], codes[:, 1])
     assert np.array_equal(opened.labels, labels)
-    assert capfd.readouterr().err.count("packing it into") == 1
+    said = capfd.readouterr().err
+    assert said.count("packing it into") == 1 and "missing" not in said
     copy = files(tmp_path / "toy32_packed")
     assert opened.fingerprint() == Codes(tmp_path, "toy", 32).fingerprint()
     assert np.array_equal(
@@ -239,6 +240,16 @@ def test_a_published_folder_is_packed_once_and_again_when_it_changes(tmp_path, c
     path = tmp_path / "toy32_packed" / "toy32_codes" / "00000.npy"
     path.write_bytes(path.read_bytes()[:-7])
     assert np.array_equal(Codes(tmp_path, "toy", 32).batch(np.arange(23))[0], codes[:, 0])  # a damaged copy is mended
+
+
+def test_missing_files_of_a_published_folder_are_counted(tmp_path, capfd):
+    codes, _ = published(tmp_path)
+    for i in (3, 17):
+        (tmp_path / "toy32_codes" / f"{i}.npy").unlink()
+        (tmp_path / "toy32_labels" / f"{i}.npy").unlink()
+    opened = Codes(tmp_path, "toy", 32)
+    assert "(2 of 0.npy to 22.npy are missing, the first is 3.npy)" in capfd.readouterr().err
+    assert np.array_equal(opened.batch(np.arange(21))[0], np.delete(codes[:, 0], (3, 17), 0))
 
 
 def test_a_killed_packing_is_resumed_and_wide_codes_take_32_bits(tmp_path, monkeypatch):
