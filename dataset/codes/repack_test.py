@@ -248,8 +248,8 @@ def test_missing_files_of_a_published_folder_are_counted(tmp_path, capfd):
         (tmp_path / "toy32_codes" / f"{i}.npy").unlink()
         (tmp_path / "toy32_labels" / f"{i}.npy").unlink()
     opened = Codes(tmp_path, "toy", 32)
-    assert "(2 of 0.npy to 22.npy are missing, the first is 3.npy)" in capfd.readouterr().err
     assert np.array_equal(opened.batch(np.arange(21))[0], np.delete(codes[:, 0], (3, 17), 0))
+    assert "(2 of 0.npy to 22.npy are missing, the first is 3.npy)" in capfd.readouterr().err
 
 
 def test_a_killed_packing_is_resumed_and_wide_codes_take_32_bits(tmp_path, monkeypatch):
