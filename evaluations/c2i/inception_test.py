@@ -151,7 +151,8 @@ def test_golden_figures(network, case, tmp_path):
         file = Samples(path)
         digest = hashlib.sha256(next(file.batches(len(file)))).hexdigest()
         assert digest == CASES[case]["inputs"][side]["sha256"]
-        found[side] = extract(network, file, show=False, batch_size=32)
+        seen = next((known for known in found if CASES[case]["inputs"][known]["sha256"] == digest), None)
+        found[side] = found[seen] if seen else extract(network, file, show=False, batch_size=32)
         given = given_statistics(file, network)
         pool = given.get("pool") or metrics.moments_of(found[side].features_ND)
         moments[side] = pool, given.get("spatial") or found[side].spatial

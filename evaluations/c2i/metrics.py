@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from scipy.linalg.lapack import dpstrf
 from torch import Tensor
 
 from utils import streams
@@ -105,18 +106,18 @@ def _trace_root(sigma1_DD: np.ndarray, sigma2_DD: np.ndarray) -> float:
 
 
 def _root(sigma_DD: np.ndarray) -> np.ndarray:
-    """A (rank, D) with A' A = sigma: its Cholesky factor or, where it is not of full rank, eigenvectors without noise's."""
-    noise = len(sigma_DD) * np.finfo(np.float64).eps
+    """A (rank, D) with A' A = sigma, but for rounding noise: a Cholesky factor, with pivots where sigma is not of full rank."""
+    noise = len(sigma_DD) * np.finfo(np.float64).eps * sigma_DD.diagonal().max()
     try:
         factor_DD = np.linalg.cholesky(sigma_DD)
-        pivots_D = np.square(np.diagonal(factor_DD))
-        if pivots_D.min() > noise * pivots_D.max():
+        if np.square(factor_DD.diagonal()).min() > noise:
             return factor_DD.T
     except np.linalg.LinAlgError:
         pass
-    values, vectors = np.linalg.eigh(sigma_DD)
-    kept = values > noise * values.max()
-    return (vectors[:, kept] * np.sqrt(values[kept])).T
+    factor_DD, order_D, rank, _ = dpstrf(sigma_DD, tol=noise)
+    root_RD = np.empty((rank, len(sigma_DD)))
+    root_RD[:, order_D - 1] = np.triu(factor_DD)[:rank]
+    return root_RD
 
 
 def inception_score(logits_NC: np.ndarray, split_size: int | None = SPLIT, shuffle_seed: int | None = None) -> float:

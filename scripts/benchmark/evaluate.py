@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 import torch
 
 from evaluations.c2i import metrics
@@ -119,8 +120,6 @@ def figures(s: EvaluationBenchmarkSettings, device: torch.device, folder: Path) 
         *(Manifold(side.features_ND, device=device) for side in (reference, others))
     ))  # fmt: skip
     if s.sqrtm:
-        import scipy.linalg  # here, as nothing else needs it
-
         product_DD = pool.covariance_DD @ other_pool.covariance_DD
         run("published: scipy sqrtm, for FID", partial(scipy.linalg.sqrtm, product_DD))
     return phases
