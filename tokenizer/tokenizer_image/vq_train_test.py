@@ -23,6 +23,7 @@ from utils import checkpoint
 from utils.cli import InputError
 from utils.distributed import World
 from utils.fake_gpu import GPU, fake_gpu, train_steps
+from utils.kernels import cpu_computes_in_bf16
 from utils.log import read_metrics
 from utils.networks import save_network
 from utils.pixels import to_float
@@ -417,7 +418,8 @@ def test_training_in_bfloat16_is_near_that_in_float32_for_any_number_of_processe
         assert result.returncode == 0, result.stderr
         assert "in bfloat16, weights in float32" in result.stdout
     one, two = (losses(tmp_path / str(processes)) for processes in (1, 2))
-    np.testing.assert_allclose(one, two, rtol=2e-2)  # a latent halfway between two codes falls to either, by rounding
+    bound = 5e-3 if cpu_computes_in_bf16() else 2e-2  # emulated, it rounds a latent between two codes to the other one
+    np.testing.assert_allclose(one, two, rtol=bound)
     np.testing.assert_allclose(one, losses(finished), rtol=0.15)  # the first entries for unused codes are others
 
 
