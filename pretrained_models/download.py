@@ -1,7 +1,6 @@
 """Fetch published weights: python -m pretrained_models.download vq_ds16_c2i c2i_B_256
 
-A download that was cut off resumes. The revision, sha256 and size of each file are recorded beside the file and
-checked at each use. `--list` shows the names.
+The revision, sha256 and size of each file are recorded beside the file and checked at each use. `--list` shows the names.
 """
 
 from pydantic import model_validator

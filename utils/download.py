@@ -4,17 +4,16 @@
                                             unless the environment says otherwise
     PRETRAINED_MODELS/user/repo/file.json   its record: repository, file, revision (a commit), sha256, bytes, mtime_ns
 
-huggingface_hub transfers them, with its retries, timeouts and progress bar. Its hf_hub_download is not used: it throws an
-unfinished file away, and does not compare the download with the sha256 that the Hub lists.
+hf_hub_download transfers them, with its retries, timeouts and progress bar.
 """
 
 import fcntl
 import os
 import re
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from utils.cli import InputError
 from utils.files import sha256
@@ -115,43 +114,6 @@ def one_at_a_time(path: Path, advice: str) -> Iterator[None]:
         yield
 
 
-def fetch(
-    path: Path, url: str, by_hand: str, verify: Callable[[Path, DownloadRecord], None], *, size: int | None,
-    tag: str = "", token: bool | None = None, **source: str,
-) -> None:  # fmt: skip
-    """Fetch a file, verify it, write its record, and only then give it its name.
-
-    A transfer that was cut off resumes, in the next call, too. by_hand: what a user can do instead.
-    verify(part, record) raises InputError for wrong content, which is then removed. size: in bytes, where it is known. tag:
-    what tells versions of the file apart. token: False for other hosts than the Hub. source: see DownloadRecord.take.
-    Raises InputError.
-    """
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
-
-    part = path.with_name(f".{path.name}.{tag}.part" if tag else f".{path.name}.part")
-    try:
-        with open(part, "ab" if size and part.is_file() and part.stat().st_size <= size else "wb") as file:
-            http_get(
-                url, file, resume_size=file.tell(), expected_size=size, headers=build_hf_headers(token=token),
-                displayed_filename=path.name,
-            )  # fmt: skip
-            file.flush()
-            os.fsync(file)
-    except Exception as error:  # the HTTP client has errors of its own
-        raise InputError(
-            f"{path.name} was not fetched ({reason(error)}): try again, it resumes; or {by_hand}"
-        ) from None
-    record = DownloadRecord.take(part, **source)
-    try:
-        verify(part, record)
-    except InputError:
-        part.unlink()
-        raise
-    record.write(DownloadRecord.path_of(path))
-    part.replace(path)
-
-
 def hub_file(repo: str, file: str, revision: str | None = None) -> Path:
     """A file of the Hub on this machine: the one that is there, checked, or fetched from `revision` (default: main).
 
@@ -175,32 +137,28 @@ def _is_there(path: Path, revision: str | None) -> bool:
 
 
 def _fetch_from_hub(repo: str, file: str, revision: str | None, path: Path) -> None:
-    from huggingface_hub import hf_hub_url
+    """Fetch a file beside its place, compare it with the sha256 that the Hub lists, record it, then give it its name."""
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.constants import ENDPOINT
 
     by_hand = f"fetch {ENDPOINT}/{repo}/resolve/{revision or 'main'}/{file} by hand and put it at {path}"
-    listed = _listed(repo, file, revision, by_hand)
-    old = record_of(path) if path.is_file() else None
-    if old and old.sha256 == listed.etag:  # another revision with the same file
-        old.model_copy(update={"revision": listed.commit_hash}).write(DownloadRecord.path_of(path))
-        return
-
-    def verify(_part: Path, record: DownloadRecord) -> None:
-        if re.fullmatch("[0-9a-f]{64}", listed.etag) and record.sha256 != listed.etag:
-            raise InputError(f"the downloaded {file} is not what the Hub lists (sha256): try again, or {by_hand}")
-
-    url = hf_hub_url(repo, file, revision=listed.commit_hash)
-    source = {"repo": repo, "file": file, "revision": listed.commit_hash}
-    fetch(path, url, by_hand, verify, size=listed.size, tag=listed.etag[:12], **source)
-
-
-def _listed(repo: str, file: str, revision: str | None, by_hand: str) -> Any:
-    """The Hub's metadata of a file: commit_hash, etag (the sha256 of large files) and size. Raises InputError."""
-    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.constants import ENDPOINT
-
+    folder = path.with_name(f".{path.name}.part")
     try:
         listed = get_hf_file_metadata(hf_hub_url(repo, file, revision=revision))
+        if not listed.commit_hash or not listed.etag:
+            raise InputError(f"{file} was not fetched (what answered at {ENDPOINT} is not the Hub): {by_hand}")
+        old = record_of(path) if path.is_file() else None
+        if old and old.sha256 == listed.etag:  # another revision with the same file
+            old.model_copy(update={"revision": listed.commit_hash}).write(DownloadRecord.path_of(path))
+            return
+        part = Path(hf_hub_download(repo, file, revision=listed.commit_hash, local_dir=folder))
+        record = DownloadRecord.take(part, repo=repo, file=file, revision=listed.commit_hash)
+        if re.fullmatch("[0-9a-f]{64}", listed.etag) and record.sha256 != listed.etag:
+            raise InputError(f"the downloaded {file} is not what the Hub lists (sha256): try again, or {by_hand}")
+        record.write(DownloadRecord.path_of(path))
+        part.replace(path)
+    except InputError:
+        raise
     except errors.GatedRepoError:
         raise InputError(f"{repo} asks for a licence to be accepted: do so at {ENDPOINT}/{repo}, and log in") from None
     except errors.RepositoryNotFoundError:
@@ -210,10 +168,9 @@ def _listed(repo: str, file: str, revision: str | None, by_hand: str) -> Any:
     except errors.EntryNotFoundError:
         raise InputError(f"there is no file {file} in {repo} at {revision or 'main'}: check the name") from None
     except Exception as error:  # offline, behind a proxy, a server in trouble: the HTTP client has its own errors
-        raise InputError(f"{file} was not fetched ({reason(error)}): {by_hand}") from None
-    if not listed.commit_hash or not listed.etag:
-        raise InputError(f"{file} was not fetched (what answered at {ENDPOINT} is not the Hub): {by_hand}")
-    return listed
+        raise InputError(f"{file} was not fetched ({reason(error)}): try again, or {by_hand}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def reason(error: Exception) -> str:

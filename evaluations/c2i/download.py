@@ -5,15 +5,20 @@ file that passed is recorded beside it, so that damage shows later.
 """
 
 import os
+import socket
+from http.client import HTTPException
 from pathlib import Path
+
+import torch.hub
 
 from evaluations.c2i.inception import read_inception
 from utils.cli import InputError
-from utils.download import DownloadRecord, check, fetch, one_at_a_time, reason, record_of
+from utils.download import DownloadRecord, check, one_at_a_time, reason, record_of
 
 URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/classify_image_graph_def.pb"
 NAME = "classify_image_graph_def.pb"
 ELSEWHERE = f"get {NAME} on a machine that is online ({URL}) and give --inception PATH"
+SILENCE = 60.0  # seconds in which nothing comes, after which a download ends
 SOURCE = {"repo": URL.removesuffix(f"/{NAME}"), "file": NAME, "revision": "jul-2021"}
 
 
@@ -41,17 +46,18 @@ def inception_path(given: Path | None = None, url: str = URL) -> Path:
 
 
 def _download(url: str, path: Path) -> None:
-    from huggingface_hub import get_hf_file_metadata
-
+    part = path.with_name(f".{NAME}.part")
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE)
     try:
-        size = get_hf_file_metadata(url, token=False).size
-    except Exception as error:  # the HTTP client has errors of its own
+        torch.hub.download_url_to_file(url, str(part))
+        read_inception(part)
+        DownloadRecord.take(part, **SOURCE).write(DownloadRecord.path_of(path))
+        part.replace(path)
+    except InputError as error:
+        raise InputError(f"what {url} sent is not the graph ({error}): {ELSEWHERE}") from None
+    except (OSError, HTTPException) as error:
         raise InputError(f"{NAME} was not fetched ({reason(error)}): try again, or {ELSEWHERE}") from None
-
-    def verify(part: Path, _record: DownloadRecord) -> None:
-        try:
-            read_inception(part)
-        except InputError as error:
-            raise InputError(f"what {url} sent is not the graph ({error}): {ELSEWHERE}") from None
-
-    fetch(path, url, ELSEWHERE, verify, size=size, token=False, **SOURCE)
+    finally:
+        socket.setdefaulttimeout(before)
+        part.unlink(missing_ok=True)

@@ -29,25 +29,18 @@ def folder(tmp_path, monkeypatch):
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves `content`; `requests` are the methods, ranges and tokens that it was asked with."""
+    """Serves `content`, `missing` bytes fewer than it says; `requests` are the methods and tokens that it was asked with."""
 
-    requests: list[tuple[str, str | None, str | None]]
-    content = CONTENT
-
-    def do_HEAD(self):
-        self.answer()
+    requests: list[tuple[str, str | None]]
+    content: bytes
+    missing: int
 
     def do_GET(self):
-        self.wfile.write(self.content[self.answer() :])
-
-    def answer(self) -> int:
-        asked = self.headers.get("Range")
-        self.requests.append((self.command, asked, self.headers.get("Authorization")))
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(self.content) - start))
+        self.requests.append((self.command, self.headers.get("Authorization")))
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content) + self.missing))
         self.end_headers()
-        return start
+        self.wfile.write(self.content)
 
     def log_message(self, *_):
         pass
@@ -58,8 +51,8 @@ def serve():
     """Start a server with this content; gives its URL and what it is asked for."""
     servers = []
 
-    def start(content: bytes = CONTENT):
-        handler = type("Handler", (Server,), {"requests": [], "content": content})
+    def start(content: bytes = CONTENT, missing: int = 0):
+        handler = type("Handler", (Server,), {"requests": [], "content": content, "missing": missing})
         server = http.server.HTTPServer(("127.0.0.1", 0), handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
@@ -80,21 +73,13 @@ def test_downloaded_once_without_the_users_token(folder, serve, monkeypatch):
     assert record_of(path).sha256 == sha256(path)
     monkeypatch.setattr("utils.download.sha256", None)  # it is hashed once
     assert inception_path(url=url) == path
-    assert requests == [("HEAD", None, None), ("GET", None, None)]
+    assert requests == [("GET", None)]
     assert {entry.name for entry in folder.iterdir()} == {NAME, f"{NAME}.json", f".{NAME}.lock"}
 
 
-@pytest.mark.parametrize("held", [700, len(CONTENT)])
-def test_an_interrupted_download_is_continued(folder, serve, held):
-    folder.mkdir(parents=True)
-    url, requests = serve()
-    (folder / f".{NAME}.part").write_bytes(CONTENT[:held])
-    assert inception_path(url=url).read_bytes() == CONTENT
-    assert requests[1:] == ([("GET", "bytes=700-", None)] if held == 700 else [])
-
-
-def test_something_else_is_sent(folder, serve):
-    url, _ = serve(content=b"<html>")
+@pytest.mark.parametrize(("content", "missing"), [(b"<html>", 0), (CONTENT[:-1], 1)], ids=["other", "cut off"])
+def test_something_else_is_sent(folder, serve, content, missing):
+    url, _ = serve(content, missing)
     with pytest.raises(
         InputError, match=rf"what {url} sent is not the graph .*: get {NAME} .* and give --inception PATH"
     ):
