@@ -40,7 +40,7 @@ class World:
     @property
     def local_size(self) -> int:
         """Processes on this machine."""
-        return _environment("LOCAL_WORLD_SIZE", self.size, least=1)
+        return from_environment("LOCAL_WORLD_SIZE", self.size, least=1)
 
     def barrier(self) -> None:
         """Wait until all processes are here, however long their work takes; if one ends meanwhile, so does this one."""
@@ -115,15 +115,16 @@ def _store() -> dist.Store:
 
 def world_size() -> int:
     """Number of processes torchrun started, before anything is initialised."""
-    return _environment("WORLD_SIZE", 1, least=1)
+    return from_environment("WORLD_SIZE", 1, least=1)
 
 
-def _environment(name: str, default: int, least: int = 0) -> int:
+def from_environment(name: str, default: int, least: int = 0) -> int:
+    """A number from the environment, such as that of processes. Raises InputError for what is none."""
     text = os.environ.get(name) or str(default)
     if not (text.isascii() and text.isdigit() and len(text) < 9 and int(text) >= least):
         raise InputError(
             f"{name} in the environment is {text[:60]!r}; expected a whole number of at least {least}: "
-            "unset it, or use torchrun"
+            "unset it, or give one"
         )
     return int(text)
 
@@ -135,7 +136,7 @@ def join_world() -> Iterator[World]:
     One of several processes ends with the block: objects of the group are then still referenced, as their destructors can
     block. Raises InputError for an environment that says there are several processes, but not where.
     """
-    size, rank = world_size(), _environment("RANK", 0)
+    size, rank = world_size(), from_environment("RANK", 0)
     if size > 1 and (missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]):
         raise InputError(
             f"WORLD_SIZE is {size} in the environment, but {' and '.join(missing)} is not there: unset WORLD_SIZE, or use "
@@ -144,7 +145,7 @@ def join_world() -> Iterator[World]:
     if size > 1 and rank >= size:
         raise InputError(f"RANK is {rank} in the environment, but WORLD_SIZE is {size}: unset both, or use torchrun")
     if torch.cuda.is_available():
-        local = _environment("LOCAL_RANK", 0)
+        local = from_environment("LOCAL_RANK", 0)
         if local >= torch.cuda.device_count():
             raise InputError(
                 f"process {local} of this machine has no GPU, as it has {torch.cuda.device_count()}: lower NPROC_PER_NODE"
@@ -179,7 +180,7 @@ def join_world() -> Iterator[World]:
 
 def collective_timeout() -> timedelta:
     """How long processes wait for each other in a sum or broadcast: NPP_TIMEOUT seconds, ten minutes by default."""
-    return timedelta(seconds=_environment("NPP_TIMEOUT", 600, least=5))
+    return timedelta(seconds=from_environment("NPP_TIMEOUT", 600, least=5))
 
 
 def _watch(store: dist.Store, rank: int, size: int) -> None:
@@ -225,7 +226,7 @@ def address_towards(host: str, port: int = 9) -> str:
 
 def _name_interface() -> None:
     """Tell gloo which network leads to the other machines where the host's own name leads to loopback (as on Debian)."""
-    if "GLOO_SOCKET_IFNAME" in os.environ or _environment("LOCAL_WORLD_SIZE", 1) == world_size():
+    if "GLOO_SOCKET_IFNAME" in os.environ or from_environment("LOCAL_WORLD_SIZE", 1) == world_size():
         return
     with suppress(OSError):
         if not socket.gethostbyname(socket.gethostname()).startswith("127."):

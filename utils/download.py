@@ -7,16 +7,14 @@
 hf_hub_download transfers them, with its retries, timeouts and progress bar.
 """
 
-import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from utils.cli import InputError
-from utils.files import sha256
+from utils.files import check_folder, file_lock, sha256
 from utils.records import Record, read_json
 
 ADDRESS = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w.-]+))?/(?P<file>[^@]+)")
@@ -100,20 +98,6 @@ def recorded_sha256(path: Path) -> str:
     return record.sha256 if record else sha256(path)
 
 
-@contextmanager
-def one_at_a_time(path: Path, advice: str) -> Iterator[None]:
-    """Wait until no other process fetches this file. Raises InputError, with the advice, for a folder that is read-only."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise InputError(f"{path.parent} cannot be written to ({error}): {advice}") from None
-    with lock:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def hub_file(repo: str, file: str, revision: str | None = None) -> Path:
     """A file of the Hub on this machine: the one that is there, checked, or fetched from `revision` (default: main).
 
@@ -122,7 +106,8 @@ def hub_file(repo: str, file: str, revision: str | None = None) -> Path:
     """
     path = weights_folder() / repo / file
     if not _is_there(path, revision):
-        with one_at_a_time(path, "set PRETRAINED_MODELS to another folder"):
+        check_folder(path.parent, "set PRETRAINED_MODELS to another folder")
+        with file_lock(path, wait=True):
             if not _is_there(path, revision):
                 _fetch_from_hub(repo, file, revision, path)
     return check(path)

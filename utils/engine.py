@@ -412,17 +412,12 @@ def run_training(
             f"process {world.rank} would compute in {precision}, the first one in {first}: their machines differ; give "
             "--mixed-precision fp32 or bf16"
         )
-    held: list[Run] = []  # by the first process
-
-    def opened() -> Run:
-        held.append(
-            open_run(results, name, args, settings.free(), settings.defaults(), fresh=fresh, start_flag=start_flag)
-        )
-        return held[0].without_lock()
-
     with stop_on_signals(world.size) as stop, ExitStack() as at_end:
-        run = world.from_main(opened) if world.size > 1 else opened()
-        run = held[0] if held else run
+        run = world.from_main(
+            lambda: open_run(
+                results, name, args, settings.free(), settings.defaults(), fresh=fresh, start_flag=start_flag
+            )
+        )
         at_end.callback(run.close)
         log = RunLog(run.folder, world.is_main, settings.tensorboard)
         cloud = settings.cloud_save_path and settings.cloud_save_path / f"{run.folder.name}-{run.record.id}"

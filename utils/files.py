@@ -90,16 +90,16 @@ def check_output(path: str | Path, suffixes: Collection[str] = ()) -> Path:
     return path
 
 
-def check_folder(folder: str | Path) -> Path:
+def check_folder(folder: str | Path, advice: str = "give another path") -> Path:
     """The folder, if it exists and can be written to, or can be made. Raises InputError otherwise; makes nothing."""
     folder = Path(folder)
     try:
         nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists() or p.is_symlink())
         if not nearest.is_dir():
             kind = "a link to nothing (an unmounted disk?)" if nearest.is_symlink() else "no folder"
-            raise InputError(f"{folder} cannot be made: {nearest} is {kind}; give another path")
+            raise InputError(f"{folder} cannot be made: {nearest} is {kind}; {advice}")
         if not os.access(nearest, os.W_OK | os.X_OK):
-            raise InputError(f"{folder} cannot be written to: {nearest} is read-only; give another path")
+            raise InputError(f"{folder} cannot be written to: {nearest} is read-only; {advice}")
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -121,17 +121,17 @@ def check_space(folder: str | Path, needed: int, reclaimed: int = 0) -> None:
         )
 
 
-def hold(path: Path, of: str, advice: str = "wait for it, or give another folder") -> TextIO:
+def hold(path: Path, of: str, advice: str = "wait for it, or give another folder", wait: bool = False) -> TextIO:
     """Take the lock file `path`, for as long as the returned file is open and this process lives.
 
-    of: what is locked, for the message. Raises InputError, which says who holds it, if another process does. On a file
-    system without locks nothing is locked.
+    of: what is locked, for the message. Raises InputError, which says who holds it, if another process does; wait: until it
+    lets go instead. On a file system without locks nothing is locked.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         file = open(path, "a+")  # noqa: SIM115 (held by the caller)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
             holder = " ".join(file.read(200).split()) or "another process"
@@ -150,12 +150,14 @@ def hold(path: Path, of: str, advice: str = "wait for it, or give another folder
 
 
 @contextmanager
-def file_lock(path: str | Path, advice: str = "wait for it, or give another name") -> Iterator[None]:
+def file_lock(
+    path: str | Path, advice: str = "wait for it, or give another name", wait: bool = False
+) -> Iterator[None]:
     """Hold `path` (an output file or folder) against other commands that would write it, and remove what a killed one left
-    of it. Raises InputError as hold does."""
+    of it. Waits, or raises InputError, as hold does."""
     path = Path(path)
     lock = path.with_name(f".{path.name}.lock")
-    file = hold(lock, str(path), advice)
+    file = hold(lock, str(path), advice, wait)
     remove_remains(path.parent, path)
     try:
         yield

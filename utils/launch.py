@@ -6,11 +6,11 @@ machine was lost. A single process runs in place. Exit status: the script's own,
 SIGTERM, SIGHUP, Ctrl-C and Slurm's SIGUSR1 are passed on to the processes.
 """
 
-import argparse
 import os
 import runpy
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,19 +22,11 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import get_args_parser
 from torch.distributed.run import run as torchrun
 
-from utils.cli import count, fail, positive_int
-from utils.distributed import address_towards, collective_timeout, cores
+from utils.cli import InputError, fail
+from utils.distributed import address_towards, collective_timeout, cores, from_environment
 from utils.stop import stop_signals
 
 ROOT = str(Path(__file__).resolve().parent.parent)
-
-
-def from_environment(name: str, default: int, least: int = 1) -> int:
-    """A number of processes, machines or restarts; one line and exit status 2 for what is none."""
-    try:
-        return int((positive_int if least else count)(os.environ.get(name) or str(default)))
-    except argparse.ArgumentTypeError as error:
-        fail(f"{name} in the environment: {error}")
 
 
 def pass_on(number: int, _frame: object) -> None:
@@ -45,11 +37,11 @@ def pass_on(number: int, _frame: object) -> None:
                 os.kill(int(child), number)
 
 
-def main() -> None:
-    script, arguments = sys.argv[1], sys.argv[2:]
+def launch(script: str, arguments: Sequence[str]) -> None:
+    """Run the script, on as many processes as the environment says. Raises InputError for what is wrong in it."""
     env = os.environ
-    processes = from_environment("NPROC_PER_NODE", max(1, torch.cuda.device_count()))
-    nodes = from_environment("NNODES", 1)
+    processes = from_environment("NPROC_PER_NODE", max(1, torch.cuda.device_count()), least=1)
+    nodes = from_environment("NNODES", 1, least=1)
     env["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [env.get("PYTHONPATH")])])
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # left over from another launcher
         env.pop(name, None)
@@ -61,11 +53,13 @@ def main() -> None:
     where = ["--nnodes", str(nodes), "--nproc-per-node", str(processes)]
     if nodes > 1:
         if missing := [name for name in ("NODE_RANK", "MASTER_ADDR") if not env.get(name)]:
-            fail(f"NNODES is {nodes}, so {' and '.join(missing)} must be in the environment, as torchrun has it")
+            raise InputError(
+                f"NNODES is {nodes}, so {' and '.join(missing)} must be in the environment, as torchrun has it"
+            )
         try:
             own = address_towards(env["MASTER_ADDR"])
         except OSError as error:
-            fail(f"MASTER_ADDR in the environment is {env['MASTER_ADDR']!r}: {error.strerror}")
+            raise InputError(f"MASTER_ADDR in the environment is {env['MASTER_ADDR']!r}: {error.strerror}") from None
         meeting = f"{env['MASTER_ADDR']}:{env.get('MASTER_PORT', '29500')}"
         first = "true" if env["NODE_RANK"] == "0" else "false"
         # Otherwise workers meet under a number of restarts, in which machines differ after one has lost a worker.
@@ -74,7 +68,7 @@ def main() -> None:
         where += ["--rdzv-conf", f"is_host={first},join_timeout={timeout},read_timeout={timeout}", "--local-addr", own]
     else:
         where += ["--standalone"]
-    where += ["--max-restarts", str(from_environment("MAX_RESTARTS", 0, least=0))]
+    where += ["--max-restarts", str(from_environment("MAX_RESTARTS", 0))]
     env["NPP_LAUNCHER"] = str(os.getpid())
     # torchrun gives each process one thread unless told; share the cores instead.
     env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
@@ -86,11 +80,20 @@ def main() -> None:
     try:
         torchrun(options)
     except RendezvousError as error:
-        fail(f"the {nodes} machines did not meet at {meeting} within {timeout} s ({' '.join(str(error).split())[:120]}): "
-             "start the command on each of them, with the same MASTER_ADDR and NODE_RANK 0 on that one")  # fmt: skip
+        raise InputError(
+            f"the {nodes} machines did not meet at {meeting} within {timeout} s ({' '.join(str(error).split())[:120]}): "
+            "start the command on each of them, with the same MASTER_ADDR and NODE_RANK 0 on that one"
+        ) from None
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         sys.exit(code if code > 0 else 128 - code)
+
+
+def main() -> None:
+    try:
+        launch(sys.argv[1], sys.argv[2:])
+    except InputError as error:
+        fail(str(error))
 
 
 if __name__ == "__main__":

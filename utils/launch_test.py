@@ -64,9 +64,12 @@ def test_two_processes_their_modules_and_their_exit_status(script, tmp_path):
     [
         (
             {"NPROC_PER_NODE": "gpu"},
-            "NPROC_PER_NODE in the environment: expected a whole number of at least 1, got 'gpu'",
+            "NPROC_PER_NODE in the environment is 'gpu'; expected a whole number of at least 1: unset it, or give one",
         ),
-        ({"NNODES": "0"}, "NNODES in the environment: expected a whole number of at least 1, got 0"),
+        (
+            {"NNODES": "0"},
+            "NNODES in the environment is '0'; expected a whole number of at least 1: unset it, or give one",
+        ),
         ({"NNODES": "2"}, "NNODES is 2, so NODE_RANK and MASTER_ADDR must be in the environment, as torchrun has it"),
         (
             {"NNODES": "2", "NODE_RANK": "0"},

@@ -56,9 +56,9 @@ class Run:
         if self._lock:
             self._lock.close()
 
-    def without_lock(self) -> "Run":
-        """The run as other processes know it."""
-        return Run(self.folder, self.record, self.notes)
+    def __getstate__(self) -> dict[str, Any]:
+        """The run as other processes get it: without the lock."""
+        return {**vars(self), "_lock": None}
 
 
 def open_run(

@@ -13,7 +13,8 @@ import torch.hub
 
 from evaluations.c2i.inception import read_inception
 from utils.cli import InputError
-from utils.download import DownloadRecord, check, one_at_a_time, reason, record_of
+from utils.download import DownloadRecord, check, reason, record_of
+from utils.files import check_folder, file_lock
 
 URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/classify_image_graph_def.pb"
 NAME = "classify_image_graph_def.pb"
@@ -36,7 +37,8 @@ def inception_path(given: Path | None = None, url: str = URL) -> Path:
         return Path(NAME)
     path = cache_folder() / NAME
     if record_of(path) is None or not path.is_file():
-        with one_at_a_time(path, f"set XDG_CACHE_HOME, or {ELSEWHERE}"):
+        check_folder(path.parent, f"set XDG_CACHE_HOME, or {ELSEWHERE}")
+        with file_lock(path, wait=True):
             if not path.is_file():
                 _download(url, path)
             elif record_of(path) is None:  # a copy that somebody put there

@@ -19,7 +19,7 @@ from scripts.pipeline.models import Models, absolute, level_count, whole_number
 from scripts.pipeline.settings import PipelineSettings, parse_flags
 from tokenizer.tokenizer_image.vq_settings import TokenizerSettings
 from utils.cli import InputError, counted
-from utils.launch import from_environment
+from utils.distributed import from_environment
 from utils.records import Record
 
 STARTUP = 5.0  # seconds until a stage has loaded PyTorch and its data
@@ -75,9 +75,9 @@ def recorded(s: PipelineSettings) -> dict[str, Any]:
 
 def processes() -> int:
     """How many processes the stages of several use, as utils/launch.py has it."""
-    if from_environment("NNODES", 1) > 1:
+    if from_environment("NNODES", 1, least=1) > 1:
         raise InputError("NNODES is above 1, but the pipeline runs on one machine: run its stages one by one (docs)")
-    return from_environment("NPROC_PER_NODE", max(1, torch.cuda.device_count()))
+    return from_environment("NPROC_PER_NODE", max(1, torch.cuda.device_count()), least=1)
 
 
 class Work(NamedTuple):
