@@ -7,7 +7,7 @@ dropout masks and rounding errors.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,67 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import checkpoint, draw, sharding, streams
+from utils import checkpoint, sharding, streams
 from utils.cli import InputError
 from utils.distributed import World, autocast, precision_dtype
-from utils.ema import ema_copy, update_ema, warm_decay
-from utils.log import RunLog, forget_after, progress, read_metrics
+from utils.log import RunLog, duration, forget_after, progress, read_metrics
 from utils.machine import matmul_rate, peak_memory, use_compile
 from utils.runs import CheckpointManager, Run, open_run
 from utils.stop import StopRequest, stop_on_signals
 from utils.task import EngineSettings, Task
+from utils.update import ema_copy, update, update_ema, warm_decay
 
 PLOT_EVERY = 60  # seconds between two plots of the curves
-
-
-def update(
-    loss: Callable[[Sequence[Tensor]], dict[str, Tensor]],
-    objective: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Sequence[Sequence[Tensor]],
-    *,
-    lr: float,
-    max_grad_norm: float = 0.0,
-    scaler: torch.amp.GradScaler | None = None,
-    amp: Callable = nullcontext,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Forward, backward and step over micro-batches; their gradients are averaged.
-
-    loss: gives {"loss": ..., parts} of a micro-batch. Returns their means and the gradient norm before clipping
-    (max_grad_norm 0: not clipped), all on the device.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    total: dict[str, Tensor] = {}
-    for i, batch in enumerate(batches):
-        last = i == len(batches) - 1
-        with nullcontext() if last or not hasattr(objective, "no_sync") else objective.no_sync():
-            with amp():
-                values = {name: value / len(batches) for name, value in loss(batch).items()}
-            (scaler.scale(values["loss"]) if scaler else values["loss"]).backward()
-        for name, value in values.items():
-            total[name] = total.get(name, 0.0) + value.detach()
-    if scaler:
-        scaler.unscale_(optimizer)
-    norm = clip_gradients(objective, max_grad_norm)
-    if sharding.is_sharded(norm):
-        norm = norm.full_tensor()
-    if scaler:
-        scaler.step(optimizer)
-        scaler.update()
-    else:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return total, norm
-
-
-def clip_gradients(module: nn.Module, most: float) -> Tensor:
-    """torch.nn.utils.clip_grad_norm_ (most 0: only the norm), which multiplies even by 1: on a CPU a tenth of a coarse step."""
-    weights = [p for p in module.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in weights])
-    if most and (norm.device.type != "cpu" or not norm <= most - 1e-6):  # a GPU would have to be waited for
-        torch.nn.utils.clip_grads_with_norm_(weights, most, norm)
-    return norm
 
 
 class Recent(NamedTuple):
@@ -203,7 +153,6 @@ class Trainer:
         self.since += time.perf_counter() - start
 
     def draw(self) -> None:
-        draw_losses(self.run.folder, self.task)
         self.task.draw(self.run.folder, read_metrics(self.run.folder))
         self.drawn = time.monotonic()
 
@@ -452,34 +401,3 @@ def run_training(
             finish(trainer)
             run.finish()
             manager.close(until=lambda: stop.asked is not None)
-
-
-def duration(seconds: float) -> str:
-    """1:02:03, or 2 d 3 h for what takes days."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours // 24} d {hours % 24} h" if hours >= 48 else f"{hours}:{minutes:02d}:{rest:02d}"
-
-
-def draw_losses(folder: Path, task: Task) -> None:
-    """loss.png: the training loss, a line a patch side where there are several, and the validation loss, over the epochs."""
-    rows = read_metrics(folder)
-    series: dict[str, tuple[list[float], list[float]]] = {}
-
-    def add(name: str, key: str, chosen: list[dict[str, Any]]) -> None:
-        chosen = [row for row in chosen if key in row]
-        if chosen:
-            series[name] = ([r["step"] / task.steps_per_epoch for r in chosen], [r[key] for r in chosen])
-
-    patches = dict.fromkeys(row["patch"] for row in rows if "patch" in row)
-    for patch in patches:
-        add(f"training, {patch}x{patch} patches", "loss", [row for row in rows if row.get("patch") == patch])
-    if not patches:
-        add("training", "loss", rows)
-    codes = ", single codes" if patches else ""
-    add(f"validation{codes}", "val_loss", rows)
-    add(f"validation{codes}, average of the weights", "val_loss_ema", rows)
-    draw.curves(
-        folder / "loss.png", series, x_label="epoch", y_label=f"loss{f' ({task.loss_unit})' if task.loss_unit else ''}",
-        title=folder.name, boundaries=task.boundaries(),
-    )  # fmt: skip

@@ -20,6 +20,13 @@ def progress(items: Iterable | None = None, *, show: bool = True, **options: Any
     return tqdm(items, disable=not show, mininterval=interval, dynamic_ncols=True, **options)
 
 
+def duration(seconds: float) -> str:
+    """1:02:03, or 2 d 3 h for what takes days."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours // 24} d {hours % 24} h" if hours >= 48 else f"{hours}:{minutes:02d}:{rest:02d}"
+
+
 class RunLog:
     """Lines and metrics of a run in `folder`; silent (and writing nothing) where `active` is False.
 

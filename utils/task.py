@@ -1,4 +1,4 @@
-"""What a training is to the engine: the settings that all have, a Task, its Opponent if it has one, and the optimizer."""
+"""What a training is to the engine: the settings that all have, a Task, and its Opponent if it has one."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from utils import draw
 from utils.cli import InputError
 from utils.distributed import World, precision_dtype
 from utils.log import RunLog
@@ -151,19 +152,30 @@ class Task(ABC):
         """Further stateful parts by their names in a checkpoint: objects with state_dict and load_state_dict."""
         return {}
 
-    def draw(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027 (optional)
-        """Draw curves of one's own into the run's folder, of the rows of metrics.jsonl."""
+    def draw(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Draw the rows of metrics.jsonl into the run's folder, as loss.png: the training loss, a line a patch side where there
+        are several, and the validation loss, over the epochs."""
+        series: dict[str, tuple[list[float], list[float]]] = {}
+
+        def add(name: str, key: str, chosen: Sequence[Mapping[str, Any]]) -> None:
+            chosen = [row for row in chosen if key in row]
+            if chosen:
+                series[name] = ([r["step"] / self.steps_per_epoch for r in chosen], [r[key] for r in chosen])
+
+        patches = dict.fromkeys(row["patch"] for row in rows if "patch" in row)
+        for patch in patches:
+            add(f"training, {patch}x{patch} patches", "loss", [row for row in rows if row.get("patch") == patch])
+        if not patches:
+            add("training", "loss", rows)
+        codes = ", single codes" if patches else ""
+        add(f"validation{codes}", "val_loss", rows)
+        add(f"validation{codes}, average of the weights", "val_loss_ema", rows)
+        unit = f" ({self.loss_unit})" if self.loss_unit else ""
+        draw.curves(
+            folder / "loss.png", series, x_label="epoch", y_label=f"loss{unit}", title=folder.name,
+            boundaries=self.boundaries(),
+        )  # fmt: skip
 
     def boundaries(self) -> dict[float, str]:
         """Where stages begin, in epochs, and their names, for the curves."""
         return {}
-
-
-def adamw(model: nn.Module, settings: EngineSettings) -> torch.optim.AdamW:
-    """Fused AdamW; weights of two or more dimensions decay, gains and biases do not (as published)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)

@@ -16,7 +16,8 @@ from dataset.sampler import epoch_batches
 from utils import streams
 from utils.distributed import World
 from utils.log import RunLog
-from utils.task import EngineSettings, Task, adamw
+from utils.task import EngineSettings, Task
+from utils.update import adamw
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from autoregressive.models.patches import to_patches
 from autoregressive.train.gpt_task import Data, GPTTask, PatchLoss
 from autoregressive.train.schedule import Level, Plan, in_steps, learning_rate, patch_levels
 from utils.distributed import World, autocast
-from utils.ema import ema_copy, update_ema
-from utils.engine import Trainer, clip_gradients, update
+from utils.engine import Trainer
 from utils.fake_gpu import GPU, fake_gpu, train_steps
-from utils.task import EngineSettings, adamw
+from utils.task import EngineSettings
 from utils.testing import close, fill_by_formula, formula
+from utils.update import adamw, clip_gradients, ema_copy, update, update_ema
 
 
 def gpt_update(objective, optimizer, batches, patch, **options):

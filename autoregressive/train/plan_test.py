@@ -48,10 +48,9 @@ from autoregressive.models.gpt import Transformer
 from autoregressive.models.patches import to_patches
 from autoregressive.train.memory import memory
 from autoregressive.train.plan import PlanSettings
-from utils.ema import ema_copy, update_ema
-from utils.engine import update
+from utils.update import adamw, ema_copy, update, update_ema
 from utils.machine import peak_memory, reset_peak_memory
-from utils.task import EngineSettings, adamw
+from utils.task import EngineSettings
 
 def step(config):
     model = Transformer(config).train()

@@ -49,7 +49,8 @@ from utils.settings import (
     PositiveInt,
     setting,
 )
-from utils.task import EngineSettings, Task, adamw
+from utils.task import EngineSettings, Task
+from utils.update import adamw
 
 WARMUP = 0.2  # of the run
 SHIFT, MIRROR = range(2)  # parts of the augmentation's stream

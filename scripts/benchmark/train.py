@@ -40,12 +40,12 @@ from scripts.benchmark import harness
 from scripts.benchmark.harness import CPU
 from utils import cli, kernels
 from utils.distributed import World, autocast, best_device, precision_dtype
-from utils.engine import update
 from utils.log import read_metrics
 from utils.machine import durations, keep_freed_memory, matmul_rate, peak_memory, reset_peak_memory
 from utils.runs import numbered_folders
 from utils.settings import Fraction, PositiveInt, Settings, one_of, setting
 from utils.task import EngineSettings
+from utils.update import update
 
 ROOT = Path(__file__).resolve().parents[2]
 RATE = 0.5  # of the schedules, as published

@@ -28,7 +28,8 @@ from tokenizer.tokenizer_image.vq_settings import Start, TokenizerSettings
 from utils import draw, streams
 from utils.distributed import World
 from utils.pixels import to_float
-from utils.task import Opponent, Task, adamw
+from utils.task import Opponent, Task
+from utils.update import adamw
 
 RESTART_UNTIL = 0.7  # of the run: later the codebook is left to settle
 # In the log; 0 before its start.
@@ -197,7 +198,8 @@ class TokenizerTask(Task):
         return code_health(self.model.quantize.counts(self.recorded)) if self.model.config.show_usage else {}
 
     def draw(self, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-        """codebook.png: the share of codes in use, and the perplexity as a share of the codebook."""
+        """loss.png, and codebook.png: the share of codes in use, and the perplexity as a share of the codebook."""
+        super().draw(folder, rows)
         rows, size = [row for row in rows if "perplexity" in row], self.model.config.codebook_size
         epochs = [row["step"] / self.steps_per_epoch for row in rows]
         series = {
