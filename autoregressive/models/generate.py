@@ -6,9 +6,8 @@ G key/value heads, Q = H / G queries of a group, C channels of a head, D width, 
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from autoregressive.models import cpu
 from autoregressive.models.gpt import Transformer
-from autoregressive.models.guidance import choose, guidance_scales
+from autoregressive.models.guidance import draw, guidance_scales, probabilities
 from utils import streams
 
 MIN_BUCKET = 64  # positions
@@ -30,41 +29,35 @@ def for_decoding(model: Transformer, dtype: torch.dtype, device: torch.device) -
     return copy.deepcopy(model, memo).eval()
 
 
-class Position(NamedTuple):
-    """Where a step is."""
-
-    index: Tensor | None  # (1,), a tensor so that one graph serves all positions; None for the positions 0 to L - 1
-    read: int  # how far caches are read
-    mask: Tensor | None = None  # (read,), -inf at positions to come; without it, all that is read has been drawn
-    bags: tuple[Tensor, Tensor] | None = None  # see cpu.mix
+def fill(keys_RGLC: Tensor, values_RGLC: Tensor, q_RHNC: Tensor, k_RGNC: Tensor, v_RGNC: Tensor) -> Tensor:
+    """Store keys and values of the first N positions of one layer in its caches; causal attention, (R, H, N, C)."""
+    N, gqa = k_RGNC.shape[2], k_RGNC.shape[1] != q_RHNC.shape[1]
+    keys_RGLC[:, :, :N], values_RGLC[:, :, :N] = k_RGNC, v_RGNC
+    return F.scaled_dot_product_attention(q_RHNC, k_RGNC, v_RGNC, is_causal=True, enable_gqa=gqa)
 
 
 def attend(
-    keys_RGLC: Tensor, values_RGLC: Tensor, at: Position, q_RHNC: Tensor, k_RGNC: Tensor, v_RGNC: Tensor
-) -> Tensor:
-    """Store keys and values of N positions of one layer in its caches; attend to all up to there. Returns (R, H, N, C)."""
-    R, H, N, C = q_RHNC.shape
-    if at.index is None:
-        keys_RGLC[:, :, :N], values_RGLC[:, :, :N] = k_RGNC, v_RGNC
-        return F.scaled_dot_product_attention(q_RHNC, k_RGNC, v_RGNC, is_causal=True, enable_gqa=k_RGNC.shape[1] != H)
-    keys_RGnC, values_RGnC = keys_RGLC[:, :, : at.read], values_RGLC[:, :, : at.read]
-    q_RGQC = (q_RHNC * C**-0.5).view(R, k_RGNC.shape[1], -1, C)
-    if at.mask is None:
-        keys_RGnC[:, :, -1], values_RGnC[:, :, -1] = k_RGNC[:, :, 0], v_RGNC[:, :, 0]
+    keys_RGLC: Tensor, values_RGLC: Tensor, index: Tensor, read: int, mask: Tensor | None,
+    bags: tuple[Tensor, Tensor] | None, q_RH1C: Tensor, k_RG1C: Tensor, v_RG1C: Tensor,
+) -> Tensor:  # fmt: skip
+    """Store the key and value of one position of one layer in its caches; attend to all up to there. Returns (R, H, 1, C).
+
+    index: (1,), a tensor so that one graph serves all positions. read: how far caches are read. mask: (read,), -inf at
+    positions to come; without it, index is the last that is read. bags: see cpu.mix.
+    """
+    R, H, _, C = q_RH1C.shape
+    keys_RGnC, values_RGnC = keys_RGLC[:, :, :read], values_RGLC[:, :, :read]
+    q_RGQC = (q_RH1C * C**-0.5).view(R, k_RG1C.shape[1], -1, C)
+    if mask is None:
+        keys_RGnC[:, :, -1], values_RGnC[:, :, -1] = k_RG1C[:, :, 0], v_RG1C[:, :, 0]
         scores_RGQn = (keys_RGnC @ q_RGQC.transpose(2, 3)).transpose(2, 3).float()  # in this order faster on CPUs
     else:
-        keys_RGLC.index_copy_(2, at.index, k_RGNC)
-        values_RGLC.index_copy_(2, at.index, v_RGNC)
-        scores_RGQn = (q_RGQC @ keys_RGnC.transpose(2, 3)).float() + at.mask
-    weights_RGQn = scores_RGQn.softmax(-1).type_as(q_RHNC)
-    mixed = cpu.mix(weights_RGQn, values_RGLC, at.bags) if at.bags else weights_RGQn @ values_RGnC
+        keys_RGLC.index_copy_(2, index, k_RG1C)
+        values_RGLC.index_copy_(2, index, v_RG1C)
+        scores_RGQn = (q_RGQC @ keys_RGnC.transpose(2, 3)).float() + mask
+    weights_RGQn = scores_RGQn.softmax(-1).type_as(q_RH1C)
+    mixed = cpu.mix(weights_RGQn, values_RGLC, bags) if bags else weights_RGQn @ values_RGnC
     return mixed.view(R, H, 1, C)
-
-
-def many_graphs() -> AbstractContextManager:
-    """Let torch.compile make a graph for each bucket, guided or not; by default it gives up after eight."""
-    config = torch._dynamo.config
-    return config.patch({"recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit": 1000})
 
 
 class Decoder:
@@ -95,7 +88,7 @@ class Decoder:
         # A compiled step gets the rows it works on as a view made once: cut inside the step, caches would be copied whole.
         self.caches = {rows: [(k[:rows], v[:rows]) for k, v in caches] for rows in (B, 2 * B)}
         self.unconditional = [(k[B:], v[B:]) for k, v in caches]
-        self.bucket = max(MIN_BUCKET, -(-c.block_size // 4))
+        self.bucket = max(MIN_BUCKET, -(-c.block_size // 4)) if compiled else 1
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
         self.positions = torch.arange(c.block_size, device=device)
         self.scales = torch.ones(c.block_size, device=device)
@@ -103,50 +96,44 @@ class Decoder:
         self.codes = torch.zeros(B, c.block_size, dtype=torch.int64, device=device)
         self.finite = torch.ones(B, dtype=torch.bool, device=device)
         self.h_RD = torch.zeros(2 * B, c.dim, dtype=dtype, device=device)
-        self.steps: dict[tuple, Callable[[], Tensor]] = {}
-        if compiled:  # CUDA graphs may change only tensors whose address stays
+        self.step = self._step
+        if compiled:
+            self.step = torch.compile(self._step, fullgraph=True, dynamic=False, mode="reduce-overhead")
+            # CUDA graphs may change only tensors whose address stays.
             state = (self.index, self.positions, self.scales, self.uniforms, self.codes, self.finite, self.h_RD)
             for tensor in (*state, self.rope, *(t for rows in self.caches.values() for pair in rows for t in pair)):
                 torch._dynamo.mark_static_address(tensor)
 
-    def _hidden(self, h_RLD: Tensor, rope_LC2: Tensor, at: Position, caches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        return self.model.hidden(h_RLD, rope_LC2, [partial(attend, k, v, at) for k, v in caches])
+    def _step(self, caches: Sequence[tuple[Tensor, Tensor]], read: int, how: tuple[float, int, float] | None) -> Tensor:
+        """Draw the code at self.index for all images; returns the (guided) logits (B, V).
 
-    def _step(self, caches: Sequence[tuple[Tensor, Tensor]], read: int, masked: bool, how: tuple) -> Tensor:
-        """Draw the code at self.index for all images; returns the (guided) logits (B, V). how: arguments of choose."""
-        rows, c = len(caches[0][0]), self.config
-        mask = torch.where(self.positions[:read] <= self.index, 0.0, -torch.inf) if masked else None
+        how: temperature, top_k and top_p; None takes the most likely codes.
+        """
+        rows, c, index = len(caches[0][0]), self.config, self.index
+        mask = torch.where(self.positions[:read] <= index, 0.0, -torch.inf) if self.compiled else None
         bags = cpu.make_bags(rows, c.n_head, c.kv_heads, c.block_size, read) if self.tuned else None
-        at, rope = Position(self.index, read, mask, bags), self.rope.index_select(0, self.index)
-        h_RD = self._hidden(self.h_RD[:rows, None], rope, at, caches)[:, 0]
+        attends = [partial(attend, k, v, index, read, mask, bags) for k, v in caches]
+        h_RD = self.model.hidden(self.h_RD[:rows, None], self.rope.index_select(0, index), attends)[:, 0]
         if rows > self.batch:  # the head is linear: guiding what it reads guides its logits, at half the products
             conditional, unconditional = h_RD.float().chunk(2)
-            scale = self.scales.index_select(0, self.index)
+            scale = self.scales.index_select(0, index)
             h_RD = (unconditional + (conditional - unconditional) * scale).type_as(h_RD)
         logits_BV = self.model.output(h_RD).float()
         self.finite.logical_and_(logits_BV.sum(-1).isfinite())
-        codes_B = choose(logits_BV, self.uniforms.index_select(1, self.index)[:, 0], *how)
-        self.codes.index_copy_(1, self.index, codes_B[:, None])
+        if how is None:
+            codes_B = logits_BV.argmax(-1)
+        else:
+            codes_B = draw(probabilities(logits_BV, *how), self.uniforms.index_select(1, index)[:, 0])
+        self.codes.index_copy_(1, index, codes_B[:, None])
         self.h_RD.copy_(self.model.tok_embeddings(codes_B).repeat(2, 1))
-        self.index.add_(1)
+        index.add_(1)
         return logits_BV
 
     def _catch_up(self, positions: int, nulls_B: Tensor) -> None:
         """Fill the unconditional rows' caches for positions that were drawn without them, in one pass."""
         h_B1D = self.model.cls_embedding.embedding_table(nulls_B)[:, None]
         h_BLD = torch.cat((h_B1D, self.model.tok_embeddings(self.codes[:, : positions - 1])), dim=1)
-        self._hidden(h_BLD, self.rope[:positions], Position(None, positions), self.unconditional)
-
-    def _runner(self, rows: int, t: int, how: tuple) -> Callable[[], Tensor]:
-        """The step that draws the code at position t."""
-        if not self.compiled:
-            return partial(self._step, self.caches[rows], t + 1, False, how)
-        read = min(self.config.block_size, (t // self.bucket + 1) * self.bucket)
-        key = (rows, read, how)
-        if key not in self.steps:
-            step = torch.compile(self._step, fullgraph=True, dynamic=False, mode="reduce-overhead")
-            self.steps[key] = partial(step, self.caches[rows], read, True, how)
-        return self.steps[key]
+        self.model.hidden(h_BLD, self.rope[:positions], [partial(fill, k, v) for k, v in self.unconditional])
 
     def _check(self, labels_B: Tensor, uniforms_BL: Tensor | None, length: int) -> None:
         n, classes, most = len(labels_B), self.config.num_classes, self.config.block_size
@@ -190,14 +177,16 @@ class Decoder:
         self.h_RD.copy_(self.model.cls_embedding.embedding_table(torch.cat((labels, nulls))))
         guided = [t for t, scale in enumerate(scales_L) if scale > 1]
         first, stop = (guided[0], guided[-1] + 1) if guided else (L, L)
-        how = (uniforms_BL is None, temperature, top_k, top_p)
-        with many_graphs() if self.compiled else nullcontext():
+        how = None if uniforms_BL is None else (temperature, top_k, top_p)
+        # By default torch.compile gives up after eight graphs; there is one for each bucket, guided or not.
+        with torch._dynamo.config.patch(recompile_limit=1000) if self.compiled else nullcontext():
             for t in range(L):
                 if 0 < t == first:
                     self._catch_up(t, nulls)
                 if self.compiled:
                     torch.compiler.cudagraph_mark_step_begin()
-                logits_BV = self._runner(2 * B if first <= t < stop else B, t, how)()
+                read = min(self.config.block_size, (t // self.bucket + 1) * self.bucket)
+                logits_BV = self.step(self.caches[2 * B if first <= t < stop else B], read, how)
                 if on_step:
                     on_step(t, logits_BV[:n])
         if not self.finite[:n].all():
@@ -221,7 +210,6 @@ def generate(
     labels: Tensor | Sequence[int],
     *,
     seed: int | None = 0,
-    uniforms_BL: Tensor | None = None,
     cfg_scale: float = 1.0,
     cfg_interval: int = -1,
     length: int | None = None,
@@ -230,12 +218,10 @@ def generate(
 ) -> Tensor:
     """The codes (B, L) int64 of images of these classes: image i of a seed is always the same.
 
-    seed: None takes the most likely codes. uniforms_BL: numbers in [0, 1) in place of the seed's. length: the first codes
-    only. options: those of Decoder.__call__.
+    seed: None takes the most likely codes. length: the first codes only. options: those of Decoder.__call__.
     """
     labels_B = torch.as_tensor(labels, dtype=torch.int64)
     length = model.config.block_size if length is None else length
-    if uniforms_BL is None and seed is not None:
-        uniforms_BL = image_uniforms(seed, np.arange(len(labels_B)), length)
+    uniforms_BL = None if seed is None else image_uniforms(seed, np.arange(len(labels_B)), length)
     scales = guidance_scales(length, cfg_scale, interval=(cfg_interval,)) if length > 0 else []
     return Decoder(model, len(labels_B), dtype)(labels_B, uniforms_BL, scales, **options)

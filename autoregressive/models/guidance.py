@@ -1,4 +1,4 @@
-"""How a code is chosen from its logits: the guidance scale of each code, filters, and one uniform number by inverse CDF.
+"""How a code is drawn from its logits: the guidance scale of each code, filters, and one uniform number by inverse CDF.
 
 Shapes: B batch, V vocabulary.
 """
@@ -45,11 +45,15 @@ def guidance_scales(
     return [max(1.0, curve(t / length, scale, power)) if first <= t < stop else 1.0 for t in range(length)]
 
 
-def filter_logits(logits_BV: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """-inf outside the top_k largest (ties with the k-th stay; 0: off), then outside the nucleus of mass top_p (1: off).
+def probabilities(logits_BV: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """The distribution that a code is drawn from (float32).
 
-    A token is in the nucleus if the tokens above it hold no more than top_p; the largest always is.
+    Temperature, then only the top_k largest (ties with the k-th stay; 0: off), then only the nucleus of mass top_p (1: off).
+    A code is in the nucleus if the codes above it hold no more than top_p; the largest always is.
     """
+    logits_BV = logits_BV.float()
+    if temperature != 1:
+        logits_BV = logits_BV / max(temperature, 1e-5)
     if 0 < top_k < logits_BV.shape[-1]:
         kth = logits_BV.topk(top_k).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < kth, -torch.inf)
@@ -59,15 +63,7 @@ def filter_logits(logits_BV: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tens
         outside = torch.zeros_like(mass, dtype=torch.bool)
         outside[:, 1:] = mass[:, :-1] > top_p
         logits_BV = logits_BV.masked_fill(outside.scatter(1, order, outside), -torch.inf)
-    return logits_BV
-
-
-def probabilities(logits_BV: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """The distribution that a code is drawn from: temperature, then the filters, then softmax (float32)."""
-    logits_BV = logits_BV.float()
-    if temperature != 1:
-        logits_BV = logits_BV / max(temperature, 1e-5)
-    return filter_logits(logits_BV, top_k, top_p).softmax(-1)
+    return logits_BV.softmax(-1)
 
 
 def draw(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
@@ -79,10 +75,3 @@ def draw(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     total = cdf[:, -1:]
     target = torch.minimum(uniforms_B.double()[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=probs_BV.shape[-1] - 1)
-
-
-def choose(logits_BV: Tensor, uniforms_B: Tensor, greedy: bool, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Codes (B,) int64: the most likely ones if greedy, else drawn by one number in [0, 1) each."""
-    if greedy:
-        return logits_BV.argmax(-1)
-    return draw(probabilities(logits_BV, temperature, top_k, top_p), uniforms_B)
