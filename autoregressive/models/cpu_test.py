@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoregressive.models.cpu import PackedLinear, apply_complex_rope, make_bags, mix
-from autoregressive.models.gpt import apply_rope, rope_grid
+from autoregressive.models.gpt import GPTConfig, apply_rope, rope_grid
 
 
 @given(st.integers(2, 40), st.integers(1, 70), st.integers(1, 70))
@@ -22,7 +22,8 @@ def test_packed_products_are_those_of_the_plain_layer(rows, width_in, width_out)
 
 
 def test_rotating_complex_numbers_is_rotating_pairs():
-    x, rope = torch.randn(2, 9, 3, 16), rope_grid(3, 16, 10000.0).flatten(0, 1)
+    rope = rope_grid(GPTConfig(dim=48, n_head=3, block_size=9)).flatten(0, 1)
+    x = torch.randn(2, 9, 3, 16)
     torch.testing.assert_close(apply_complex_rope(x, torch.view_as_complex(rope)), apply_rope(x, rope))
 
 

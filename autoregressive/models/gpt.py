@@ -85,10 +85,13 @@ def preset(name: str, **changes) -> GPTConfig:
     return replace(PRESETS[name], **changes)
 
 
-def rope_grid(side: int, head_dim: int, base: float) -> Tensor:
-    """2-D rotary table (side, side, C/2, 2) of (cos, sin): the first C/4 pairs turn with the row, the rest with the column."""
-    quarter = head_dim // 4
-    frequency = base ** -(torch.arange(0, quarter, device="cpu").float() * 2 / (head_dim // 2))
+def rope_grid(config: GPTConfig) -> Tensor:
+    """The rotary table of an image's codes (side, side, C/2, 2) of (cos, sin), on the CPU for a model on any device.
+
+    The first C/4 pairs turn with the row, the rest with the column.
+    """
+    side, C = grid_side(config.block_size), config.head_dim
+    frequency = config.rope_base ** -(torch.arange(0, C // 4, device="cpu").float() * 2 / (C // 2))
     angle = torch.arange(side, device="cpu").float()[:, None] * frequency
     rows, columns = angle[:, None].expand(-1, side, -1), angle[None].expand(side, -1, -1)
     angles = torch.cat((rows, columns), dim=-1)
@@ -109,16 +112,6 @@ def drop_path(x: Tensor, p: float, training: bool) -> Tensor:
         return x
     keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= p
     return x * keep / (1 - p or 1)  # p = 1 keeps nothing
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -171,8 +164,8 @@ class Block(nn.Module):
         self.drop_path_p = drop_path_p
         self.attention = Attention(config)
         self.feed_forward = FeedForward(config)
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
 
     def forward(self, x_BLD: Tensor, rope_LC2: Tensor, attend: Attend | None = None) -> Tensor:
         branch = self.attention(self.attention_norm(x_BLD), rope_LC2, attend)
@@ -200,15 +193,11 @@ class Transformer(nn.Module):
         self.cls_embedding = LabelEmbedder(config.num_classes, config.dim)
         depths = torch.linspace(0, config.drop_path_rate, config.n_layer, device="cpu").tolist()
         self.layers = nn.ModuleList(Block(config, p) for p in depths)
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.output = Linear(config.dim, config.vocab_size)
-        self.register_buffer("rope", self.rope_grid().to(self.output.weight.device), persistent=False)
+        self.register_buffer("rope", rope_grid(config).to(self.output.weight.device), persistent=False)
         self.apply(self._init)
         nn.init.zeros_(self.output.weight)  # the first loss is ln(vocab_size)
-
-    def rope_grid(self) -> Tensor:
-        """The rotary table of all codes (side, side, C/2, 2), which is in no file; on the CPU, for a model on any device."""
-        return rope_grid(grid_side(self.config.block_size), self.config.head_dim, self.config.rope_base)
 
     @staticmethod
     def _init(module: nn.Module) -> None:

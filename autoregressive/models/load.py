@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from torch import Tensor
 from typing_extensions import Self
 
-from autoregressive.models.gpt import PRESETS, GPTConfig, Transformer
+from autoregressive.models.gpt import PRESETS, GPTConfig, Transformer, rope_grid
 from pretrained_models.loader import Pretrained, check_sizes
 from utils.cli import InputError
 
@@ -28,7 +28,7 @@ class GPT(
     def empty(cls, config: GPTConfig) -> Self:
         """A model on the meta device, to be given a file's tensors; its rotary table, in no file, is real."""
         model = super().empty(config)
-        model.rope = model.rope_grid()
+        model.rope = rope_grid(config)
         return model
 
     @classmethod

@@ -35,13 +35,6 @@ def to_patches(codes_BL: Tensor, patch: int) -> Tensor:
     return blocks.transpose(2, 3).reshape(codes_BL.shape[0], -1, patch * patch)
 
 
-def from_patches(patches_BNK: Tensor) -> Tensor:
-    """The inverse of to_patches: (B, N, K) -> (B, L)."""
-    B, N, K = patches_BNK.shape
-    rows, patch = grid_side(N), grid_side(K)
-    return patches_BNK.view(B, rows, rows, patch, patch).transpose(2, 3).reshape(B, N * K)
-
-
 def patch_loss(logits_BNV: Tensor, patches_BNK: Tensor) -> Tensor:
     """Mean cross-entropy (nats a code) of all codes, each against the one distribution of its patch (paper, eq. 4).
 

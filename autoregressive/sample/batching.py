@@ -36,15 +36,11 @@ class Request:
 
 
 class DrawingQueue:
-    """Draws what is asked for from any thread, up to the sampler's `batch_size` images at once, in one thread of its own.
+    """Draws what is asked for from any thread, up to the sampler's `batch_size` images at once, in one thread of its own."""
 
-    previews: how often an image is shown before it is finished, at most; less often where decoding would take more than a
-    quarter of the time.
-    """
-
-    def __init__(self, sampler: ImageSampler, previews: int = PREVIEWS) -> None:
+    def __init__(self, sampler: ImageSampler) -> None:
         self.sampler = sampler
-        self._every = -(-sampler.codes // (previews + 1))  # codes
+        self._every = -(-sampler.codes // (PREVIEWS + 1))  # codes between two previews
         self._next_preview = 0.0
         self._waiting: list[Request] = []
         self._changed = threading.Condition()

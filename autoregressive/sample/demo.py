@@ -20,7 +20,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Interval
 from PIL import Image
@@ -124,17 +124,6 @@ class Demo:
         near = f" (there is {', '.join(similar)})" if similar else ""
         raise cli.InputError(f"there is no class {text[:100]!r}{near}: give the name or the number of a class")
 
-    def request(self, **given: Any) -> RequestSettings:
-        """A request's settings; no seed: a random one. Raises InputError with the line that a command would give."""
-        power_cosine = given["cfg_schedule"] == "power-cosine"
-        return RequestSettings.checked(**{
-            **given,
-            "seed": secrets.randbelow(RANDOM_SEEDS) if given["seed"] in (None, "") else given["seed"],
-            "cfg_interval": str(given["cfg_interval"]).split(),
-            "cfg_power": self.settings.cfg_power if power_cosine else None,
-            "image_size_eval": self.settings.image_size_eval,
-        })  # fmt: skip
-
     def draw(
         self, class_name: str, images: int, cfg_scale: float, cfg_schedule: str, cfg_interval: str, temperature: float,
         top_k: int, top_p: float, seed: int | str | None = None,
@@ -147,12 +136,14 @@ class Demo:
 
         try:
             label = self.class_of(class_name)
-            settings = self.request(
-                images=images, seed=seed, cfg_scale=cfg_scale, cfg_schedule=cfg_schedule, cfg_interval=cfg_interval,
-                temperature=temperature, top_k=top_k, top_p=top_p,
+            settings = RequestSettings.checked(
+                images=images, seed=secrets.randbelow(RANDOM_SEEDS) if seed in (None, "") else seed, cfg_scale=cfg_scale,
+                cfg_schedule=cfg_schedule, cfg_power=self.settings.cfg_power if cfg_schedule == "power-cosine" else None,
+                cfg_interval=str(cfg_interval).split(), temperature=temperature, top_k=top_k, top_p=top_p,
+                image_size_eval=self.settings.image_size_eval,
             )  # fmt: skip
-            labels, how = [label] * settings.images, {"cfg_scale": settings.cfg_scale, **settings.drawing}
-            for pictures in self.queue.draw(labels, settings.seed, **how):
+            how = {"cfg_scale": settings.cfg_scale, **settings.drawing}
+            for pictures in self.queue.draw([label] * settings.images, settings.seed, **how):
                 yield [Image.fromarray(picture) for picture in pictures], str(settings.seed)
         except Exception as error:
             message = cli.explain(error)

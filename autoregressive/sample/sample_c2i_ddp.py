@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the modules of this clone, whatever else is installed
 
+import re
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -149,23 +150,20 @@ class Parts:
     def present(self) -> list[tuple[int, int, Path]]:
         """(first, stop, path) of each file, in order."""
         chain, at = [], 0
-        for path in sorted(self.folder.glob("[0-9]*-[0-9]*.npz")):
-            ends = path.stem.split("-")
-            if len(ends) == 2 and all(text.isdecimal() for text in ends):
-                first, stop = map(int, ends)
+        for path in sorted(self.folder.glob("*.npz")):
+            if match := re.fullmatch("([0-9]+)-([0-9]+)", path.stem):
+                first, stop = map(int, match.groups())
                 if at <= first < stop <= len(self.labels):
                     chain.append((first, stop, path))
                     at = stop
         return chain
 
-    def remove_damaged(self) -> None:
+    def missing(self, batch: int) -> list[range]:
+        """The images that are not present, in ranges of at most `batch`; files that are damaged are removed first."""
         for first, stop, path in self.present():
             if not holds(path, self.labels[first:stop], self.size):
                 cli.note(f"{path} is damaged or of other images: drawing them again")
                 path.unlink()
-
-    def missing(self, batch: int) -> list[range]:
-        """The images that are not present, in ranges of at most `batch`."""
         gaps, at = [], 0
         for first, stop, _ in [*self.present(), (len(self.labels), len(self.labels), None)]:
             gaps += [range(start, min(first, start + batch)) for start in range(at, first, batch)]
@@ -190,12 +188,11 @@ def check_room(outs: list[Path], bytes_each: int) -> None:
 
 def is_complete(out: Path, record: SampleRecord, labels: np.ndarray) -> bool:
     """Whether a samples file is finished. Raises InputError for one of other settings, or of settings that are not known."""
-    size = record.image_size_eval
-    old = SampleRecord.read_if_present(out.with_suffix(".json"))
-    if old is None and out.is_file():
+    beside, started = out.with_suffix(".json"), out.with_suffix(".parts") / "settings.json"
+    if out.is_file() and not beside.is_file():
         raise cli.InputError(f"{out} exists without its .json, so how it was drawn is unknown: move or delete it")
-    started = SampleRecord.read_if_present(out.with_suffix(".parts") / "settings.json")
-    for path, other in ((out.with_suffix(".json"), old), (out.with_suffix(".parts") / "settings.json", started)):
+    for path in (beside, started):
+        other = SampleRecord.read_if_present(path)
         if other and (changes := differences(other.plain(), record.plain())):
             raise cli.InputError(
                 f"{path} belongs to samples of other settings ({'; '.join(changes)}): "
@@ -203,7 +200,7 @@ def is_complete(out: Path, record: SampleRecord, labels: np.ndarray) -> bool:
             )
     if not out.is_file():
         return False
-    if holds(out, labels, size):
+    if holds(out, labels, record.image_size_eval):
         return True
     cli.note(f"{out} is damaged: making it again")
     return False
@@ -228,12 +225,9 @@ def draw(
     """Draw the images of a file that are not in parts yet, each process its share, and write the file."""
     parts = Parts(out, labels, record.image_size_eval)
 
-    def plan() -> list[range]:
+    if world.is_main:
         record.write(parts.folder / "settings.json")
-        parts.remove_damaged()
-        return parts.missing(settings.per_proc_batch_size)
-
-    missing = world.from_main(plan)
+    missing = world.from_main(lambda: parts.missing(settings.per_proc_batch_size))
     title = f"guidance {record.cfg_scale}"
     with drawing_progress(
         sum(map(len, missing)), sampler.codes, world.size, desc=title, show=world.is_main
