@@ -97,7 +97,8 @@ def card(
     gpt = "gpt_model" in about or "tok_embeddings.weight" in state
     name = about.get("gpt_model" if gpt else "vq_model") or ("GPT" if gpt else "tokenizer")
     tags = ["autoregressive-image-generation" if gpt else "image-tokenizer", "next-patch-prediction"]
-    module, loader = ("autoregressive.models", "GPT") if gpt else ("tokenizer.tokenizer_image", "Tokenizer")
+    module = "autoregressive.models.sampler" if gpt else "tokenizer.tokenizer_image.load"
+    loader = "GPT" if gpt else "Tokenizer"
     flag = "--gpt-ckpt" if gpt else "--vq-ckpt"
     args = content.get("args") or {}
     args = vars(args) if isinstance(args, Namespace) else args
@@ -107,7 +108,7 @@ def card(
         "---", "library_name: pytorch", "tags:", *(f"- {tag}" for tag in tags), "---", "",
         f"# {name}", "", f"{numbers}.", "",
         f"An image {'generator' if gpt else 'tokenizer'} of the LlamaGen architecture; its config is in `config.json`.", "",
-        "```python", f"from {module}.load import {loader}", f'model = {loader}.from_pretrained("FOLDER or user/repo")', "```",
+        "```python", f"from {module} import {loader}", f'model = {loader}.from_pretrained("FOLDER or user/repo")', "```",
         "", f"Every stage's `{flag}` takes the folder.", "",
         *(["## Recipe", "", "| argument | value |", "|---|---|", *recipe, ""] if recipe else []),
         *losses(source), *rows,

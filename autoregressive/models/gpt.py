@@ -38,6 +38,12 @@ class GPTConfig:
     attn_dropout_p: float = 0.0
     drop_path_rate: float = 0.0
 
+    def check(self) -> None:
+        """Raise ValueError for sizes that do not go together."""
+        if self.dim % self.n_head or self.head_dim % 4 or self.n_head % self.kv_heads:
+            raise ValueError(f"heads do not fit: dim {self.dim}, {self.n_head} heads, {self.kv_heads} kv heads")
+        grid_side(self.block_size)
+
     @property
     def kv_heads(self) -> int:
         return self.n_kv_head or self.n_head
@@ -186,8 +192,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        if config.dim % config.n_head or config.head_dim % 4 or config.n_head % config.kv_heads:
-            raise ValueError(f"heads do not fit: dim {config.dim}, {config.n_head} heads, {config.kv_heads} kv heads")
+        config.check()
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.cls_embedding = LabelEmbedder(config.num_classes, config.dim)

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from autoregressive.models.gpt import PRESETS, GPTConfig, Transformer, preset, rope_grid
-from autoregressive.models.load import GPT
 from autoregressive.models.patches import patch_loss, to_patches
+from autoregressive.models.sampler import GPT
 from pretrained_models.catalogue import CATALOGUE
 from utils import checkpoint
 from utils.cli import InputError
@@ -189,7 +189,15 @@ class TestHub:
 class TestRefusals:
     @pytest.mark.parametrize(
         "change",
-        [{"n_layer": 10**9}, {"n_layer": 5}, {"dim": "128"}, {"block_size": 10**12}, {"vocab_size": 9}, {"n_head": 3}],
+        [
+            {"n_layer": 10**9},
+            {"n_layer": 5},
+            {"dim": "128"},
+            {"block_size": 10**12},
+            {"vocab_size": 9},
+            {"n_head": 3},
+            {"n_head": 64},
+        ],
     )
     def test_a_config_unlike_its_tensors(self, tmp_path, change):
         """Refused before anything of that size is built."""
