@@ -1,13 +1,10 @@
 """The demo: its API, its page in a browser, and what it refuses before weights are loaded."""
 
-import io
 import shutil
 import socket
 import sys
-from contextlib import redirect_stderr
 from importlib import metadata
 from pathlib import Path
-from subprocess import CompletedProcess
 from unittest.mock import patch
 
 import numpy as np
@@ -17,8 +14,7 @@ from PIL import Image
 from autoregressive.models.sampler import ImageSampler
 from autoregressive.sample import demo
 from autoregressive.sample.demo import Demo, DemoSettings, distinct
-from utils import cli
-from utils.testing import PATIENCE, assert_refused
+from utils.testing import PATIENCE
 
 
 def free_port() -> int:
@@ -140,32 +136,25 @@ def test_a_class_is_chosen_and_drawn_in_a_browser(address, browser, tmp_path):
     wait.until(lambda page: "cfg-interval -17: expected one number" in page.find_element(By.TAG_NAME, "body").text)
 
 
-class TestRefusedBeforeWeightsAreLoaded:
-    def refused(self, models, *flags, text=""):
-        command = ["demo.py", "--vq-ckpt", str(models["vq"]), "--gpt-ckpt", str(models["gpt"]), *flags]
-        error = io.StringIO()
-        with (
-            patch.object(sys, "argv", command),
-            patch.object(ImageSampler, "from_pretrained", side_effect=AssertionError("weights are loaded")),
-            redirect_stderr(error),
-            pytest.raises(SystemExit) as stopped,
-        ):
-            cli.run(demo.main)
-        assert_refused(CompletedProcess(command, stopped.value.code, "", error.getvalue()), text)
-
-    def test_without_gradio(self, models):
+def test_what_is_refused_before_weights_are_loaded(models, refused):
+    with patch.object(ImageSampler, "from_pretrained", side_effect=AssertionError("weights are loaded")):
+        files = ["--vq-ckpt", models["vq"], "--gpt-ckpt", models["gpt"]]
         with patch.object(metadata, "version", side_effect=metadata.PackageNotFoundError):
-            self.refused(models, text=f"the demo needs gradio, which is not installed: {sys.executable} -m pip install")
+            text = f"the demo needs gradio, which is not installed: {sys.executable} -m pip install"
+            refused(demo.main, files, text)
         with patch.object(metadata, "version", return_value="5.49.1"):
-            self.refused(models, text="needs gradio 6, this is 5.49.1")
-
-    def test_wrong_flags(self, models):
-        with patch.object(metadata, "version", return_value="6.0"):
-            self.refused(models, "--top-p", "0", text="argument --top-p: expected a number in (0, 1], got 0")
-            self.refused(models, "--images", "9", text="--images 9 is more than --max-batch 8")
-            self.refused(models, "--port", "70000", text="a whole number from 1 to 65535")
-            with socket.create_server(("127.0.0.1", 0)) as taken:
-                self.refused(models, "--port", str(taken.getsockname()[1]), text="Address already in use")
+            refused(demo.main, files, "needs gradio 6, this is 5.49.1")
+        with (
+            patch.object(metadata, "version", return_value="6.0"),
+            socket.create_server(("127.0.0.1", 0)) as taken,
+        ):
+            for flag, value, text in (
+                ("--top-p", 0, "argument --top-p: expected a number in (0, 1], got 0"),
+                ("--images", 9, "--images 9 is more than --max-batch 8"),
+                ("--port", 70000, "a whole number from 1 to 65535"),
+                ("--port", taken.getsockname()[1], "Address already in use"),
+            ):
+                refused(demo.main, [*files, flag, value], text)
 
 
 def test_names_that_classes_share_get_their_numbers():

@@ -1,16 +1,14 @@
 """Both samplers: the same images for any batch size and number of processes, a run that was cut off, wrong inputs."""
 
-import io
 import json
 import shutil
 import signal
 import subprocess
 import sys
 from argparse import Namespace
-from contextlib import redirect_stderr
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from subprocess import CompletedProcess
 from unittest.mock import patch
 
 import numpy as np
@@ -30,10 +28,9 @@ from utils.files import file_lock
 from utils.log import RunLog
 from utils.pixels import to_uint8
 from utils.samples import Samples
-from utils.testing import PATIENCE, ROOT, assert_refused, fill_by_formula, run_on_machines, run_script
+from utils.testing import PATIENCE, ROOT, fill_by_formula, run_on_machines, run_script
 
 MANY = "autoregressive/sample/sample_c2i_ddp.py"
-GRID = "autoregressive/sample/sample_c2i.py"
 
 
 def command(models, folder, *flags, images=11) -> list[str]:
@@ -50,17 +47,18 @@ def sample(models, folder, *flags, images=11, **options):
     return result
 
 
-def in_this_process(script: str, *flags: object) -> None:
+def in_this_process(main: Callable[[], None], *flags: object) -> None:
     """What a script does, without the start of another Python."""
-    main = {MANY: sample_c2i_ddp.main, GRID: sample_c2i.main}[script]
-    with patch.object(sys, "argv", [script, *map(str, flags)]):
+    with patch.object(sys, "argv", [main.__module__, *map(str, flags)]):
         main()
 
 
 @pytest.fixture
 def run_here(models, tmp_path):
     """Sample into tmp_path within this process."""
-    return lambda *flags, images=11: in_this_process(MANY, *command(models, tmp_path, *flags, images=images))
+    return lambda *flags, images=11: in_this_process(
+        sample_c2i_ddp.main, *command(models, tmp_path, *flags, images=images)
+    )
 
 
 NAME = "GPT-XXS-gpt-size-16-size-16-VQ-4-small-topk-0-topp-1.0-temperature-1.0-cfg-2.0-seed-0.npz"
@@ -70,7 +68,7 @@ NAME = "GPT-XXS-gpt-size-16-size-16-VQ-4-small-topk-0-topp-1.0-temperature-1.0-c
 def drawn(models, tmp_path_factory) -> Path:
     """The file of a whole run on one process."""
     folder = tmp_path_factory.mktemp("samples")
-    in_this_process(MANY, *command(models, folder))
+    in_this_process(sample_c2i_ddp.main, *command(models, folder))
     return folder / NAME
 
 
@@ -161,7 +159,7 @@ def test_a_killed_run_resumes_to_the_same_file(models, drawn, tmp_path):
     assert run.returncode == -signal.SIGKILL, run.stderr
     parts = tmp_path / NAME.replace(".npz", ".parts")
     assert len(list(parts.glob("0*.npz"))) == 2 and len(list(parts.glob(".0*.npz"))) == 1
-    in_this_process(MANY, *command(models, tmp_path))
+    in_this_process(sample_c2i_ddp.main, *command(models, tmp_path))
     for one, other in zip(arrays(drawn), arrays(tmp_path / NAME), strict=True):
         assert np.array_equal(one, other)
 
@@ -224,12 +222,12 @@ def test_balanced_labels_raw_weights_and_another_size(run_here, tmp_path):
 
 def test_a_grid_of_chosen_classes(models, tmp_path):
     flags = ("--vq-ckpt", models["vq"], "--gpt-ckpt", models["gpt"], "--out", tmp_path / "grid.png")
-    in_this_process(GRID, *flags, "--class-ids", "2", "0", "--per-class", "3", "--scale", "2")
+    in_this_process(sample_c2i.main, *flags, "--class-ids", "2", "0", "--per-class", "3", "--scale", "2")
     with Image.open(tmp_path / "grid.png") as page:
         assert page.height > 2 * (2 * 16 + 2 + 10)  # a line of words under each row
         assert page.width == 3 * (2 * 16 + 2) + 2
     with pytest.raises(cli.InputError, match=r"--class-ids 3 is out of range.*classes 0 to 2"):
-        in_this_process(GRID, *flags, "--class-ids", "1", "3")
+        in_this_process(sample_c2i.main, *flags, "--class-ids", "1", "3")
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
 
 
@@ -313,85 +311,67 @@ def test_published_files_by_the_published_command(tmp_path, capsys):
     name = "GPT-B-c2i_B_256-size-256-size-256-VQ-16-topk-0-topp-1.0-temperature-1.0-cfg-2.0-seed-0.npz"
     assert Samples(tmp_path / "samples" / name).shape == (1, 256, 256, 3)
     short = (*command[:4], "--num-fid-samples", "1", "--sample-dir", tmp_path / "samples")
-    in_this_process(MANY, *short)
+    in_this_process(sample_c2i_ddp.main, *short)
     out, error = capsys.readouterr()
     assert f"{name} is complete already" in out
     assert "--image-size 256 --image-size-eval 256 --cfg-scale 2.0: as published for" in error
 
 
-class TestWrongInputs:
-    def refused(self, models, tmp_path, flags, *parts):
-        """In this process, as the entry point does it."""
-        error = io.StringIO()
-        with (
-            patch.object(sys, "argv", [MANY, *command(models, tmp_path / "out", *flags)]),
-            redirect_stderr(error),
-            pytest.raises(SystemExit) as stopped,
-        ):
-            cli.run(sample_c2i_ddp.main)
-        assert_refused(CompletedProcess(MANY, stopped.value.code, "", error.getvalue()), *parts)
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        ("--gpt-model GPT-XS", ["loaded as GPT-XS) does not fit", "tok_embeddings.weight is (60, 128)"]),
+        ("--image-size 32", ["64 codes of VQ-4-small", "draws 16"]),
+        ("--cfg-scale 0.5", ["--cfg-scale", "at least 1 (1 is off)", "0.5"]),
+        ("--cfg-interval 4 17", ["cfg-interval 4 17", "STOP <= 16"]),
+        ("--cfg-interval 16", ["cfg-interval 16", "from -1 to 15"]),
+        ("--cfg-power 2", ["--cfg-power 2.0", "power-cosine", "not constant"]),
+        ("--labels 1 3", ["--labels 3 is out of range", "classes 0 to 2"]),
+        ("--labels balanced 1", ["balanced 1", "only classes"]),
+        ("--num-classes 4", ["--num-classes 4", "has 3 classes"]),
+        (
+            "--num-fid-samples 2000000000 --image-size-eval 8192",  # more than the disk holds
+            ["out needs 805,306,368,000.00 MB", "MB free"],
+        ),
+        ("--top-p 0", ["--top-p", "(0, 1]"]),
+        ("--temperature 0", ["--temperature", "above 0"]),
+    ],
+)
+def test_wrong_flags(models, tmp_path, refused, flags, parts):
+    refused(sample_c2i_ddp.main, command(models, tmp_path / "out", *flags.split()), *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_files(models, tmp_path, refused):
+    (tmp_path / "broken.pt").write_bytes(models["gpt"].read_bytes()[:9000])
+    config = vq_model.preset("VQ-4-small", codebook_size=61)
+    state = vq_model.VQModel(config).state_dict()
+    checkpoint.save(tmp_path / "vq.pt", {"model": state, "config": asdict(config), "vq_model": "VQ-4-small"})
+    raw = {key: value for key, value in checkpoint.load(models["gpt"]).items() if key != "ema"}
+    checkpoint.save(tmp_path / "raw.pt", raw)
+    for flags, *parts in (
+        (("--gpt-ckpt", tmp_path / "broken.pt"), "broken.pt", "truncated"),
+        (("--vq-ckpt", tmp_path / "vq.pt"), "knows 60 codes", "has 61"),
+        (("--gpt-ckpt", tmp_path / "raw.pt", "--weights", "ema"), "no EMA weights"),
+    ):
+        refused(sample_c2i_ddp.main, command(models, tmp_path / "out", *flags), *parts)
         assert not (tmp_path / "out").exists()
 
-    def test_a_checkpoint_of_another_preset(self, models, tmp_path):
-        flags = ("--gpt-model", "GPT-XS")
-        self.refused(models, tmp_path, flags, "loaded as GPT-XS) does not fit", "tok_embeddings.weight is (60, 128)")
 
-    def test_a_truncated_checkpoint(self, models, tmp_path):
-        broken = tmp_path / "broken.pt"
-        broken.write_bytes(models["gpt"].read_bytes()[:9000])
-        self.refused(models, tmp_path, ("--gpt-ckpt", broken), "broken.pt", "truncated")
+def test_where_nothing_can_be_written(models, tmp_path, refused):
+    (tmp_path / "file").write_text("")
+    with patch.object(ImageSampler, "from_pretrained", side_effect=AssertionError("work before the check")):
+        refused(sample_c2i_ddp.main, command(models, tmp_path / "file" / "x"), "file/x cannot be made")
+        for out in ("grid.txt", ""):
+            flags = ("--vq-ckpt", models["vq"], "--gpt-ckpt", models["gpt"], "--out", tmp_path / out)
+            refused(sample_c2i.main, flags, "ends in .png")
 
-    def test_a_size_that_the_gpt_does_not_draw(self, models, tmp_path):
-        self.refused(models, tmp_path, ("--image-size", "32"), "64 codes of VQ-4-small", "draws 16")
 
-    def test_a_tokenizer_with_more_codes(self, models, tmp_path):
-        config = vq_model.preset("VQ-4-small", codebook_size=61)
-        state = vq_model.VQModel(config).state_dict()
-        checkpoint.save(tmp_path / "vq.pt", {"model": state, "config": asdict(config), "vq_model": "VQ-4-small"})
-        self.refused(models, tmp_path, ("--vq-ckpt", tmp_path / "vq.pt"), "knows 60 codes", "has 61")
-
-    def test_no_ema_in_the_file(self, models, tmp_path):
-        content = checkpoint.load(models["gpt"])
-        del content["ema"]
-        checkpoint.save(tmp_path / "raw.pt", content)
-        self.refused(models, tmp_path, ("--gpt-ckpt", tmp_path / "raw.pt", "--weights", "ema"), "no EMA weights")
-
-    def test_guidance(self, models, tmp_path):
-        self.refused(models, tmp_path, ("--cfg-scale", "0.5"), "--cfg-scale", "at least 1 (1 is off)", "0.5")
-        self.refused(models, tmp_path, ("--cfg-interval", "4", "17"), "cfg-interval 4 17", "STOP <= 16")
-        self.refused(models, tmp_path, ("--cfg-interval", "16"), "cfg-interval 16", "from -1 to 15")
-        self.refused(models, tmp_path, ("--cfg-power", "2"), "--cfg-power 2.0", "power-cosine", "not constant")
-
-    def test_labels(self, models, tmp_path):
-        self.refused(models, tmp_path, ("--labels", "1", "3"), "--labels 3 is out of range", "classes 0 to 2")
-        self.refused(models, tmp_path, ("--labels", "balanced", "1"), "balanced 1", "only classes")
-
-    def test_a_folder_that_cannot_be_written(self, models, tmp_path):
-        (tmp_path / "file").write_text("")
-        with patch.object(ImageSampler, "from_pretrained", side_effect=AssertionError("work before the check")):
-            self.refused(models, tmp_path, ("--sample-dir", tmp_path / "file" / "x"), "file/x cannot be made")
-
-    @pytest.mark.parametrize("out", ["grid.txt", ""])
-    def test_a_picture_that_cannot_be_written(self, models, tmp_path, out):
-        with pytest.raises(cli.InputError, match=r"ends in \.png"):
-            in_this_process(GRID, "--vq-ckpt", models["vq"], "--gpt-ckpt", models["gpt"], "--out", tmp_path / out)
-
-    def test_a_model_that_is_not_finite(self, models, tmp_path):
-        sampler = ImageSampler.from_pretrained(models["gpt"], models["vq"])
-        sampler.gpt.norm.weight = torch.nn.Parameter(torch.full((128,), float("nan")))
-        with pytest.raises(cli.InputError, match=r"gpt\.pt: the GPT's logits are not finite"):
-            sampler([0, 1])
-
-    def test_classes_of_the_file(self, models, tmp_path):
-        self.refused(models, tmp_path, ("--num-classes", "4"), "--num-classes 4", "has 3 classes")
-
-    def test_more_images_than_the_disk_holds(self, models, tmp_path):
-        flags = ("--num-fid-samples", "2000000000", "--image-size-eval", "8192")
-        self.refused(models, tmp_path, flags, "out needs 805,306,368,000.00 MB", "MB free")
-
-    def test_flags(self, models, tmp_path):
-        self.refused(models, tmp_path, ("--top-p", "0"), "--top-p", "(0, 1]")
-        self.refused(models, tmp_path, ("--temperature", "0"), "--temperature", "above 0")
+def test_a_model_that_is_not_finite(models):
+    sampler = ImageSampler.from_pretrained(models["gpt"], models["vq"])
+    sampler.gpt.norm.weight = torch.nn.Parameter(torch.full((128,), float("nan")))
+    with pytest.raises(cli.InputError, match=r"gpt\.pt: the GPT's logits are not finite"):
+        sampler([0, 1])
 
 
 @pytest.mark.parametrize(
