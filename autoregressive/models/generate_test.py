@@ -233,36 +233,35 @@ def test_interval_changes_only_what_follows_it():
     assert not torch.equal(always, some)
 
 
-class TestWrongInputs:
+@pytest.mark.parametrize(
+    ("labels", "shape", "length", "message"),
+    [
+        *(([0] * count, None, 16, "expected 1 to 2 labels") for count in (0, 3, 5)),
+        *(([0, 1], shape, 16, r"uniforms: expected \(2, 16\), got") for shape in ((1, 16), (2, 15), (2, 17), (16,))),
+        *(([0, 1], None, length, f"expected 1 to 16 codes an image, got {length}") for length in (0, 17)),
+        *((labels, None, 16, "expected 0 to 5") for labels in ([0, 6], [-1, 0])),
+    ],
+)
+def test_wrong_inputs(labels, shape, length, message):
     """Nothing is filled up, cut or broadcast."""
+    decoder, uniforms_BL = Decoder(small_model(1, 4, 8), 2), None if shape is None else torch.rand(shape)
+    with pytest.raises(ValueError, match=message):
+        decoder(torch.tensor(labels, dtype=torch.int64), uniforms_BL, [1.0] * length)
 
-    @pytest.mark.parametrize("count", [0, 3, 5])
-    def test_more_labels_than_a_batch_or_none(self, count):
-        with pytest.raises(ValueError, match=r"expected 1 to 2 labels"):
-            Decoder(small_model(1, 4, 8), 2)(torch.zeros(count, dtype=torch.int64), None, [1.0] * 16)
 
-    @pytest.mark.parametrize("shape", [(1, 16), (2, 15), (2, 17), (16,)])
-    def test_uniforms_of_another_shape(self, shape):
-        with pytest.raises(ValueError, match=r"uniforms: expected \(2, 16\), got"):
-            Decoder(small_model(1, 4, 8), 2)(torch.tensor([0, 1]), torch.rand(shape), [1.0] * 16)
+@pytest.mark.parametrize("length", [0, -1])
+def test_no_codes_to_generate(length):
+    with pytest.raises(ValueError, match="expected 1 to 16 codes an image, got 0"):
+        generate(small_model(1, 4, 8), [0, 1], length=length)
 
-    @pytest.mark.parametrize("length", [0, -1, 17])
-    def test_lengths(self, length):
-        with pytest.raises(ValueError, match=f"expected 1 to 16 codes an image, got {max(length, 0)}"):
-            generate(small_model(1, 4, 8), [0, 1], length=length)
 
-    @pytest.mark.parametrize("labels", [[0, 6], [-1, 0]])
-    def test_labels(self, labels):
-        with pytest.raises(ValueError, match="expected 0 to 5"):
-            generate(small_model(1, 4, 8), labels)
-
-    @pytest.mark.parametrize("options", [{}, {"seed": None}, {"top_p": 0.9, "top_k": 3, "cfg_scale": 2.0}])
-    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_a_model_that_is_not_finite(self, value, options):
-        model = small_model(1, 4, 8)
-        model.output.weight.data[7, 3] = value
-        with pytest.raises(FloatingPointError, match="logits are not finite"):
-            generate(model, [0, 1], **options)
+@pytest.mark.parametrize("options", [{}, {"seed": None}, {"top_p": 0.9, "top_k": 3, "cfg_scale": 2.0}])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_is_not_finite(value, options):
+    model = small_model(1, 4, 8)
+    model.output.weight.data[7, 3] = value
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        generate(model, [0, 1], **options)
 
 
 def test_a_seed_is_enough():

@@ -38,12 +38,6 @@ def test_published_names_and_shapes(name):
     assert sum(p.numel() for p in model.parameters() if p.dim() >= 2) == expected["decayed_parameters"]
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_builds(name):
-    with torch.device("meta"):
-        Transformer(preset(name, n_layer=1))
-
-
 @pytest.mark.parametrize("whole", [True, False], ids=["loss of the logits", "model.loss"])
 @pytest.mark.parametrize("patch", [1, 2, 4, 8])
 def test_small_model_logits_loss_and_gradients(golden, patch, whole):
@@ -82,16 +76,12 @@ def test_gpt_b_logits_loss_and_gradients(patch):
     close(math.sqrt((norms**2).sum()), golden[f"gradnorm_total_p{patch}"], rtol=1e-4, atol=0)
 
 
-def test_trap_class_token_has_no_rotation(golden):
-    """Its cosine is 0 as well as its sine, so its query and key vanish; an identity rotation would break weights."""
-    row = small_model().rope_table(64)[0]
-    assert row.abs().max() == 0
-    assert np.abs(golden["rope_p1"][0]).max() == 0
-
-
 @pytest.mark.parametrize("patch", [1, 2, 4, 8])
 def test_trap_coarse_tables_are_fresh_integer_grids(golden, patch):
-    close(small_model().rope_table(64 // patch**2), golden[f"rope_p{patch}"], atol=1e-6)
+    """The class token's cosine is 0 as well as its sine, so its query and key vanish; an identity would break weights."""
+    table = small_model().rope_table(64 // patch**2)
+    close(table, golden[f"rope_p{patch}"], atol=1e-6)
+    assert table[0].abs().max() == 0 and np.abs(golden[f"rope_p{patch}"][0]).max() == 0
 
 
 @pytest.mark.parametrize("patch", [2, 4, 8])
