@@ -27,7 +27,7 @@ from PIL import Image
 from pydantic import model_validator
 from typing_extensions import Self
 
-from autoregressive.models.guidance import SCHEDULES, guidance_scales
+from autoregressive.models.guidance import SCHEDULES
 from autoregressive.models.sampler import ImageSampler
 from autoregressive.sample.batching import DrawingQueue
 from autoregressive.sample.flags import DrawingSettings, SamplerSettings, class_names
@@ -105,7 +105,6 @@ class Demo:
     """What the page shows, and how requests are answered."""
 
     def __init__(self, sampler: ImageSampler, settings: DemoSettings) -> None:
-        guidance_scales(sampler.codes, 1.0, interval=settings.cfg_interval)  # refuses an interval outside the image
         self.settings, self.sampler = settings, sampler
         self.names = distinct(class_names(sampler))
         self.queue = DrawingQueue(sampler)

@@ -10,7 +10,7 @@ from pydantic import model_validator
 from typing_extensions import Self
 
 from autoregressive.models.gpt import PRESETS
-from autoregressive.models.guidance import POWER, SCHEDULES
+from autoregressive.models.guidance import POWER, SCHEDULES, guidance_scales
 from autoregressive.models.sampler import ImageSampler
 from pretrained_models.catalogue import WeightsFile, published_sampling
 from utils import cli
@@ -97,6 +97,7 @@ class SamplerSettings(DrawingSettings):
             raise cli.InputError(
                 f"--num-classes {self.num_classes}, but {self.gpt_ckpt} has {classes} classes: leave it out"
             )
+        guidance_scales(sampler.codes, 1.0, interval=self.cfg_interval)  # refuses an interval outside the image
         return sampler
 
 

@@ -26,7 +26,7 @@ from PIL import Image
 from pydantic import model_validator
 from typing_extensions import Self
 
-from autoregressive.models.guidance import POWER, guidance_scales
+from autoregressive.models.guidance import POWER
 from autoregressive.models.sampler import ImageSampler
 from autoregressive.sample.flags import SamplerSettings, drawing_progress
 from utils import cli, samples, streams
@@ -224,14 +224,11 @@ def draw(
 ) -> None:
     """Draw the images of a file that are not in parts yet, each process its share, and write the file."""
     parts = Parts(out, labels, record.image_size_eval)
-
     if world.is_main:
         record.write(parts.folder / "settings.json")
     missing = world.from_main(lambda: parts.missing(settings.per_proc_batch_size))
-    title = f"guidance {record.cfg_scale}"
-    with drawing_progress(
-        sum(map(len, missing)), sampler.codes, world.size, desc=title, show=world.is_main
-    ) as count:  # fmt: skip
+    total, title = sum(map(len, missing)), f"guidance {record.cfg_scale}"
+    with drawing_progress(total, sampler.codes, world.size, desc=title, show=world.is_main) as count:
         for part in missing[world.rank :: world.size]:
             images = sampler(
                 labels[part], cfg_scale=record.cfg_scale, seed=settings.global_seed, indices=np.array(part),
@@ -258,7 +255,6 @@ def main() -> None:
         outs = [settings.sample_dir / settings.file_name(sampler, scale) for scale in scales]
         world.from_main(lambda: check_room(outs, settings.num_fid_samples * size * size * 3))
         labels = settings.class_of_each(sampler)
-        guidance_scales(sampler.codes, 1.0, interval=settings.cfg_interval)  # refuses an interval outside the image
         world.check_shared(settings.sample_dir)
         fields = make_record(settings, sampler, world)
         records = {out: SampleRecord(cfg_scale=scale, **fields) for out, scale in zip(outs, scales, strict=True)}
