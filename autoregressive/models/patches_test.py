@@ -1,5 +1,6 @@
 """Patch-major codes and the patch loss, for any patch side."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,14 +40,21 @@ def test_trap_loss_equals_the_mean_over_repeated_logits(batch, patches, codes, v
     torch.testing.assert_close(patch_loss(logits, targets), F.cross_entropy(repeated, targets.flatten()))
 
 
-def test_loss_does_not_grow_with_the_codes_of_a_patch():
-    """No tensor of the backward pass is larger than the logits themselves."""
-    logits = torch.randn(2, 4, 1000, requires_grad=True)
+def largest_kept(loss: Callable[..., torch.Tensor], *inputs: object) -> int:
+    """Numbers in the largest tensor that loss(*inputs) keeps for the backward pass."""
     sizes = []
     pack = lambda tensor: sizes.append(tensor.numel()) or tensor  # noqa: E731
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        patch_loss(logits, torch.randint(1000, (2, 4, 64)))
-    assert max(sizes) <= logits.numel()
+        loss(*inputs)
+    return max(sizes)
+
+
+def test_no_loss_keeps_more_for_the_backward_pass_than_it_must():
+    """That of patches no copies of the logits for their codes, that of hidden states no logits."""
+    logits = torch.randn(2, 4, 1000, requires_grad=True)
+    assert largest_kept(patch_loss, logits, torch.randint(1000, (2, 4, 64))) <= logits.numel()
+    h, weight = torch.randn(2, 64, 8, requires_grad=True), torch.randn(500, 8, requires_grad=True)
+    assert largest_kept(head_loss, h, weight, torch.randint(500, (2, 64, 4)), 16) <= weight.numel() < 2 * 64 * 500
 
 
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 5), st.integers(2, 40), st.integers(1, 20))
@@ -62,15 +70,6 @@ def test_head_loss_is_the_patch_loss_of_its_logits(batch, patches, codes, vocab,
         results.append((value.detach(), *(tensor.grad for tensor in inputs)))
     torch.testing.assert_close(*results)
     torch.testing.assert_close(head_loss(h, weight, targets, block), results[0][0])
-
-
-def test_head_loss_holds_no_logits_for_the_backward_pass():
-    h, weight = torch.randn(2, 64, 8, requires_grad=True), torch.randn(500, 8, requires_grad=True)
-    sizes = []
-    pack = lambda tensor: sizes.append(tensor.numel()) or tensor  # noqa: E731
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        head_loss(h, weight, torch.randint(500, (2, 64, 4)), block=16)
-    assert sizes and max(sizes) <= weight.numel() < 2 * 64 * 500
 
 
 def test_head_loss_under_autocast_is_that_of_bfloat16_logits():
