@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from autoregressive.models import gpt
-from autoregressive.models.sampler import GPT
+from autoregressive.models.gpt import GPT
 from pretrained_models.catalogue import CATALOGUE
 from utils import checkpoint
 from utils.testing import PATIENCE, ROOT, assert_refused, fill_by_formula
@@ -266,7 +266,7 @@ def test_models_come_from_the_hub_by_the_name_of_their_repository(hub, folder, t
     assert len(hub.files) > 4
     code = """
 import sys
-from autoregressive.models.sampler import GPT
+from autoregressive.models.gpt import GPT
 model = GPT.from_pretrained("user/repo@main")
 print(model.about["gpt_model"], sum(p.detach().double().sum().item() for p in model.parameters()))
 """

@@ -86,7 +86,7 @@ def test_the_card_has_the_recipe_and_what_was_measured(export, run_folder, tmp_p
     assert card.startswith("---\nlibrary_name: pytorch\ntags:\n- autoregressive-image-generation\n")
     for line in (
         "# GPT-B", "| lr | 0.0001 |", "| patch_level | 2 |", "| loss | 8.0000 | 20 |", "| val_loss | 8.5000 | 20 |",
-        "| s-cfg-2.0 | Inception | fid 4.471, precision 0.8 |", "from autoregressive.models.sampler import GPT",
+        "| s-cfg-2.0 | Inception | fid 4.471, precision 0.8 |", "from autoregressive.models.gpt import GPT",
     ):  # fmt: skip
         assert line in card.splitlines(), f"{line!r} not in\n{card}"
     assert "private" not in card and "patch_sizes" not in card and "7.0" not in card

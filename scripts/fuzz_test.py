@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from autoregressive.models import gpt
-from autoregressive.models.sampler import GPT
+from autoregressive.models.gpt import GPT
 from dataset.codes.manifest import load_array, read_manifest
 from dataset.crops import Unreadable, decode
 from evaluations.c2i.features import FeatureNetwork

@@ -4,15 +4,18 @@ Shapes: B batch, N patches, K codes in a patch, L positions (class token and pat
 H query heads, G key/value heads, C channels of a head. Parameter names are those of the published checkpoints.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import Self
 
 from autoregressive.models.patches import grid_side, head_loss
+from pretrained_models.loader import Pretrained, check_sizes
+from utils.cli import InputError
 from utils.kernels import Linear, attention, dropout
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> what each query position gets
@@ -256,3 +259,58 @@ class Transformer(nn.Module):
         """patch_loss of forward's logits, which are never held at once (see patches.head_loss)."""
         h_BND = self.hidden(*self.inputs(patches_BNK, labels_B), recompute=recompute)
         return head_loss(h_BND, self.output.weight, patches_BNK)
+
+
+class GPT(
+    Transformer,
+    Pretrained,
+    library_name="pytorch",
+    pipeline_tag="unconditional-image-generation",
+    tags=["autoregressive-image-generation", "next-patch-prediction"],
+    paper_url="https://arxiv.org/abs/2412.15321",
+):
+    """A Transformer that was loaded: GPT.from_pretrained("c2i_B_256"), gpt.push_to_hub("user/repo"); see Pretrained."""
+
+    PRESETS, CONFIG, KIND, NAME = PRESETS, GPTConfig, "GPT", "gpt_model"
+    OPEN = ("vocab_size", "num_classes", "block_size")
+
+    @classmethod
+    def empty(cls, config: GPTConfig) -> Self:
+        """A model on the meta device, to be given a file's tensors; its rotary table, in no file, is real."""
+        model = super().empty(config)
+        model.rope = rope_grid(config)
+        return model
+
+    @classmethod
+    def candidates(cls, state: Mapping[str, Tensor]) -> list[str]:
+        size = (_width(state), _layers(state))
+        return [name for name, row in PRESETS.items() if (row.dim, row.n_layer) == size]
+
+    @classmethod
+    def sizes_of(cls, state: Mapping[str, Tensor]) -> dict[str, int]:
+        tables = {"vocab_size": "tok_embeddings.weight", "num_classes": "cls_embedding.embedding_table.weight"}
+        rows = {size: len(state[table]) for size, table in tables.items() if table in state}
+        return rows | ({"num_classes": rows["num_classes"] - 1} if "num_classes" in rows else {})  # less the null class
+
+    @classmethod
+    def check_config(cls, config: GPTConfig, state: Mapping[str, Tensor], what: str) -> None:
+        whole = ("dim", "n_layer", "n_head", "kv_heads", "multiple_of", "vocab_size", "num_classes", "block_size")
+        check_sizes({key: getattr(config, key) for key in whole}, what)
+        try:
+            config.check()
+        except ValueError as error:
+            raise InputError(f"{what}: {error}") from None
+        held = {**cls.sizes_of(state), "n_layer": _layers(state), "dim": _width(state) or config.dim}
+        for key, value in held.items():
+            if getattr(config, key) != value:
+                raise InputError(f"{what} says {key} {getattr(config, key)}, its tensors are of {value}")
+
+
+def _layers(state: Mapping[str, Tensor]) -> int:
+    """The number of layers that tensors are named after."""
+    return len({name.split(".")[1] for name in state if name.startswith("layers.")})
+
+
+def _width(state: Mapping[str, Tensor]) -> int:
+    """The width of the token embeddings; 0 where there are none."""
+    return state["tok_embeddings.weight"].shape[-1] if "tok_embeddings.weight" in state else 0

@@ -1,85 +1,28 @@
-"""From weights to images: `GPT`, a Transformer that was loaded, and `ImageSampler`, which draws by a GPT and its tokenizer.
+"""Images from class labels, by a GPT and its tokenizer:
 
 sampler = ImageSampler.from_pretrained("c2i_B_256", "vq_ds16_c2i")  # files, published names, hf://user/repo/file
 images = sampler([207, 360], cfg_scale=2.0, seed=0)                 # uint8 (2, 256, 256, 3)
 PIL.Image.fromarray(images[0]).save("dog.png")
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from autoregressive.models.generate import Decoder, image_uniforms
-from autoregressive.models.gpt import PRESETS, GPTConfig, Transformer, rope_grid
+from autoregressive.models.gpt import GPT, Transformer
 from autoregressive.models.guidance import POWER, guidance_scales
 from autoregressive.models.patches import grid_side
-from pretrained_models.loader import Pretrained, check_sizes
 from tokenizer.tokenizer_image.load import Tokenizer
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils import checkpoint, cli
 from utils.distributed import best_device, precision_dtype
 from utils.machine import use_compile
 from utils.pixels import resize, to_uint8
-
-
-class GPT(
-    Transformer,
-    Pretrained,
-    library_name="pytorch",
-    pipeline_tag="unconditional-image-generation",
-    tags=["autoregressive-image-generation", "next-patch-prediction"],
-    paper_url="https://arxiv.org/abs/2412.15321",
-):
-    """A Transformer that was loaded: GPT.from_pretrained("c2i_B_256"), gpt.push_to_hub("user/repo"); see Pretrained."""
-
-    PRESETS, CONFIG, KIND, NAME = PRESETS, GPTConfig, "GPT", "gpt_model"
-    OPEN = ("vocab_size", "num_classes", "block_size")
-
-    @classmethod
-    def empty(cls, config: GPTConfig) -> Self:
-        """A model on the meta device, to be given a file's tensors; its rotary table, in no file, is real."""
-        model = super().empty(config)
-        model.rope = rope_grid(config)
-        return model
-
-    @classmethod
-    def candidates(cls, state: Mapping[str, Tensor]) -> list[str]:
-        size = (_width(state), _layers(state))
-        return [name for name, row in PRESETS.items() if (row.dim, row.n_layer) == size]
-
-    @classmethod
-    def sizes_of(cls, state: Mapping[str, Tensor]) -> dict[str, int]:
-        tables = {"vocab_size": "tok_embeddings.weight", "num_classes": "cls_embedding.embedding_table.weight"}
-        rows = {size: len(state[table]) for size, table in tables.items() if table in state}
-        return rows | ({"num_classes": rows["num_classes"] - 1} if "num_classes" in rows else {})  # less the null class
-
-    @classmethod
-    def check_config(cls, config: GPTConfig, state: Mapping[str, Tensor], what: str) -> None:
-        whole = ("dim", "n_layer", "n_head", "kv_heads", "multiple_of", "vocab_size", "num_classes", "block_size")
-        check_sizes({key: getattr(config, key) for key in whole}, what)
-        try:
-            config.check()
-        except ValueError as error:
-            raise cli.InputError(f"{what}: {error}") from None
-        held = {**cls.sizes_of(state), "n_layer": _layers(state), "dim": _width(state) or config.dim}
-        for key, value in held.items():
-            if getattr(config, key) != value:
-                raise cli.InputError(f"{what} says {key} {getattr(config, key)}, its tensors are of {value}")
-
-
-def _layers(state: Mapping[str, Tensor]) -> int:
-    """The number of layers that tensors are named after."""
-    return len({name.split(".")[1] for name in state if name.startswith("layers.")})
-
-
-def _width(state: Mapping[str, Tensor]) -> int:
-    """The width of the token embeddings; 0 where there are none."""
-    return state["tok_embeddings.weight"].shape[-1] if "tok_embeddings.weight" in state else 0
 
 
 class ImageSampler:

@@ -20,9 +20,8 @@ import torch
 from pydantic import model_validator
 from typing_extensions import Self
 
-from autoregressive.models.gpt import PRESETS, GPTConfig, Transformer, preset
+from autoregressive.models.gpt import GPT, PRESETS, GPTConfig, Transformer, preset
 from autoregressive.models.patches import grid_side
-from autoregressive.models.sampler import GPT
 from autoregressive.train.fine_tune import fitted
 from autoregressive.train.gpt_task import Data, GPTTask
 from autoregressive.train.preview import Preview

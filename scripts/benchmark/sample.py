@@ -27,9 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoregressive.models.generate import Decoder, image_uniforms
-from autoregressive.models.gpt import PRESETS, Transformer, preset
+from autoregressive.models.gpt import GPT, PRESETS, Transformer, preset
 from autoregressive.models.guidance import draw, guidance_scales, probabilities
-from autoregressive.models.sampler import GPT
 from autoregressive.sample.sample_c2i_ddp import Parts
 from scripts.benchmark import harness
 from scripts.benchmark.harness import CPU

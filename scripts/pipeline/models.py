@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from autoregressive.models.gpt import GPT, GPTConfig
 from autoregressive.models.gpt import PRESETS as GPT_PRESETS
-from autoregressive.models.gpt import GPTConfig
 from autoregressive.models.gpt import preset as gpt_preset
-from autoregressive.models.sampler import GPT
 from pretrained_models.catalogue import CATALOGUE, find_weights
 from pretrained_models.loader import Pretrained
 from scripts.pipeline.images import Images

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from autoregressive.models.gpt import PRESETS, GPTConfig, Transformer, preset, rope_grid
+from autoregressive.models.gpt import GPT, PRESETS, GPTConfig, Transformer, preset, rope_grid
 from autoregressive.models.patches import patch_loss, to_patches
-from autoregressive.models.sampler import GPT
 from pretrained_models.catalogue import CATALOGUE
 from utils import checkpoint
 from utils.cli import InputError
