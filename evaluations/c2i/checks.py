@@ -102,18 +102,12 @@ def _is_imagenet_validation(labels_N: np.ndarray | None) -> bool:
 
 def same_images(file: Samples, found: Extracted, reference: Samples, wanted: Extracted) -> list[str]:
     """Remarks on copies: of reference images, of each other, and images of one colour."""
-    remarks = []
-    shared = int(np.isin(found.digests_N, wanted.digests_N).sum())
-    if shared:
-        remarks.append(
-            f"{shared} of the {len(file)} images of {file.path} are images of {reference.path}, pixel for pixel"
-        )
-    copies = len(file) - len(np.unique(found.digests_N))
-    if copies:
-        remarks.append(f"{copies} of the {len(file)} images of {file.path} are copies of others in it")
-    if found.constant:
-        remarks.append(f"{found.constant} of the {len(file)} images of {file.path} are of one colour")
-    return remarks
+    counts = {
+        f"images of {reference.path}, pixel for pixel": np.isin(found.digests_N, wanted.digests_N).sum(),
+        "copies of others in it": len(file) - len(np.unique(found.digests_N)),
+        "of one colour": found.constant,
+    }
+    return [f"{n} of the {len(file)} images of {file.path} are {what}" for what, n in counts.items() if n]
 
 
 def order_of_samples(file: Samples, figures: dict[str, float]) -> list[str]:

@@ -91,7 +91,7 @@ def test_a_validation_reference_by_its_labels(tmp_path):
 
 
 def extracted(*digests: bytes, constant: int = 0) -> Extracted:
-    return Extracted(np.zeros(0), np.zeros(0), None, np.array(digests, "V16"), constant)
+    return Extracted(np.zeros(0), np.zeros(0), {}, np.array(digests, "V16"), constant)
 
 
 def test_same_images():

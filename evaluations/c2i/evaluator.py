@@ -25,6 +25,7 @@ import torch
 from pydantic import AfterValidator, model_validator
 from typing_extensions import Self
 
+from dataset.images import evenly_spaced
 from evaluations.c2i import checks, metrics, reference_cache, report
 from evaluations.c2i.download import inception_path
 from evaluations.c2i.features import Extracted, FeatureNetwork, extract
@@ -96,7 +97,7 @@ class File:
 
     images: Samples
     given: dict[str, Moments]  # statistics that it brings along, of Inception's features
-    remarks: list[str] = field(default_factory=list)
+    remarks: list[str]
     seconds: dict[str, float] = field(default_factory=dict)
 
     @cached_property
@@ -104,12 +105,13 @@ class File:
         with timed(self.seconds, "hash"):
             return sha256(self.images.path)
 
-    def about(self, m: int) -> dict[str, Any]:
+    def about(self, pr_images: int) -> dict[str, Any]:
         """What this file is, for the record."""
         labels = self.images.labels
         return {
             "file": self.images.path.name, "sha256": self.sha256, "images": len(self.images),
-            "precision_recall_images": m, "statistics": "given" if self.given else "computed",
+            "precision_recall_images": min(len(self.images), pr_images),
+            "statistics": "given" if self.given else "computed",
         } | ({} if labels is None else {"labels": metrics.class_counts(labels)})  # fmt: skip
 
 
@@ -124,58 +126,20 @@ def given_statistics(samples: Samples, network: FeatureNetwork) -> dict[str, Mom
                 f"{samples.path} holds statistics of Inception's features and no images: --network needs images"
             )
         return {}
-    sizes = {"pool": network.dimensions, "spatial": network.spatial_dimensions}
-    shapes = {STATISTICS[part][0]: (n,) for part, n in sizes.items()}
-    shapes |= {STATISTICS[part][1]: (n, n) for part, n in sizes.items()}
-    arrays = samples.statistics(shapes)
+    p, s = network.dimensions, network.spatial_dimensions
+    arrays = samples.statistics({"mu": (p,), "sigma": (p, p), "mu_s": (s,), "sigma_s": (s, s)})
     if "mu" not in arrays:
         return {}
-    if len(samples) == 0 and not {"mu_s", "sigma_s"} & arrays.keys():
-        return {"pool": given_moments(samples, arrays, "pool")}
-    if missing := sorted(shapes.keys() - arrays.keys()):
+    parts = ["pool"] if len(samples) == 0 and not {"mu_s", "sigma_s"} & arrays.keys() else list(STATISTICS)
+    if missing := sorted({key for part in parts for key in STATISTICS[part]} - arrays.keys()):
         raise InputError(
             f"{samples.path} holds mu, but not all of sigma, mu_s and sigma_s (without {', '.join(missing)})"
         )
-    return {part: given_moments(samples, arrays, part) for part in STATISTICS}
-
-
-def given_moments(samples: Samples, arrays: dict[str, np.ndarray], part: str) -> Moments:
-    try:
-        return Moments.given(*(arrays[key] for key in STATISTICS[part]))
-    except ValueError as error:
-        raise InputError(f"{samples.path} holds statistics that cannot be used: {error}") from None
-
-
-@dataclass
-class Inputs:
-    """Everything the command line names, opened and checked."""
-
-    reference: File
-    samples: list[File]
-    network: FeatureNetwork
-
-    @classmethod
-    def open(cls, s: EvaluatorSettings, device: torch.device) -> "Inputs":
-        """Raises InputError for whatever would stop the work later."""
-        for path in s.samples:
-            for output in report.output_paths(path):
-                check_output(output)
-        reference, *_ = opened = [
-            FolderSamples(path) if path.is_dir() else Samples(path, statistics_will_do=i == 0)
-            for i, path in enumerate((s.reference, *s.samples))
-        ]
-        with_images = [file for file in opened if len(file)]
-        fits = {file: checks.check_fit(file, with_images[0], s.force) for file in with_images}
-        network = load_network(s, device)
-        for file in with_images:
-            network.check_size(file)
-        parts = [File(file, given_statistics(file, network), fits.get(file, [])) for file in opened]
-        for part in parts:
-            part.remarks += [part.images.label_note] if part.images.label_note else []
-            part.remarks += checks.few_images(part.images, network, bool(part.given))
-        parts[0].remarks += checks.statistics_only(reference, "spatial" in parts[0].given)
-        parts[0].remarks += checks.validation_reference(reference, bool(parts[0].given))
-        return cls(parts[0], parts[1:], network)
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise InputError(
+            f"{samples.path} holds statistics that cannot be used: NaN or infinity in a mean or covariance"
+        )
+    return {part: Moments.given(*(arrays[key] for key in STATISTICS[part])) for part in parts}
 
 
 def load_network(s: EvaluatorSettings, device: torch.device) -> FeatureNetwork:
@@ -184,52 +148,61 @@ def load_network(s: EvaluatorSettings, device: torch.device) -> FeatureNetwork:
     return load_inception(inception_path(s.inception), device, s.backend)
 
 
+def open_inputs(s: EvaluatorSettings, device: torch.device) -> tuple[FeatureNetwork, list[File]]:
+    """The network, and the reference and samples files. Raises InputError for whatever would stop the work later."""
+    for path in s.samples:
+        for output in report.output_paths(path):
+            check_output(output)
+    opened = [
+        FolderSamples(path) if path.is_dir() else Samples(path, statistics_will_do=i == 0)
+        for i, path in enumerate((s.reference, *s.samples))
+    ]
+    with_images = [images for images in opened if len(images)]
+    fits = {images: checks.check_fit(images, with_images[0], s.force) for images in with_images}
+    network = load_network(s, device)
+    for images in with_images:
+        network.check_size(images)
+    files = [File(images, given_statistics(images, network), fits.get(images, [])) for images in opened]
+    for file in files:
+        file.remarks += [file.images.label_note] if file.images.label_note else []
+        file.remarks += checks.few_images(file.images, network, bool(file.given))
+    reference = files[0]
+    reference.remarks += checks.statistics_only(reference.images, "spatial" in reference.given)
+    reference.remarks += checks.validation_reference(reference.images, bool(reference.given))
+    return network, files
+
+
 class Features:
     """A file in the network's features, and what is computed of it once."""
 
-    def __init__(
-        self, file: File, extracted: Extracted, pool: Moments | None, s: EvaluatorSettings, network: FeatureNetwork
-    ) -> None:
-        self.file, self.extracted, self.device = file, extracted, network.device
-        self.float16, self._pool = s.float16_distances, pool
-        n, m = len(extracted.features_ND), min(len(extracted.features_ND), s.pr_images)
-        spaced = np.arange(m) * n // m if m < n else slice(None)  # all of them are no copy
-        self.spaced_MD = extracted.features_ND[spaced]  # for precision and recall
-
-    @cached_property
-    def pool(self) -> Moments:
-        return self.file.given.get("pool") or self._pool or metrics.moments_of(self.extracted.features_ND, self.device)
-
-    @property
-    def spatial(self) -> Moments | None:
-        return self.file.given.get("spatial") or (self.extracted.spatial if len(self.file.images) else None)
+    def __init__(self, file: File, extracted: Extracted, network: FeatureNetwork, s: EvaluatorSettings) -> None:
+        self.file, self.extracted, self.network, self.settings = file, extracted, network, s
+        self.moments = extracted.moments | file.given
 
     @cached_property
     def manifold(self) -> Manifold:
-        return Manifold(self.spaced_MD, device=self.device, float16=self.float16)
+        features_ND, most = self.extracted.features_ND, self.settings.pr_images
+        if len(features_ND) > most:
+            features_ND = features_ND[evenly_spaced(len(features_ND), most)]
+        return Manifold(features_ND, device=self.network.device, float16=self.settings.float16_distances)
 
     def class_accuracy(self) -> float | None:
         """None without labels, with labels that are no classes of the network, and for Inception, which has its own."""
         labels, logits_NC = self.file.images.labels, self.extracted.logits_NC
-        if self.extracted.spatial or labels is None or labels.min() < 0 or labels.max() >= logits_NC.shape[1]:
+        if self.network.spatial_dimensions or labels is None or labels.min() < 0 or labels.max() >= logits_NC.shape[1]:
             return None
         return metrics.class_accuracy(logits_NC, labels)
 
 
-def reference_features(inputs: Inputs, s: EvaluatorSettings) -> Features:
+def reference_features(file: File, network: FeatureNetwork, s: EvaluatorSettings) -> Features:
     """The reference in the network's features: from the cache, or computed and put there."""
-    file, network = inputs.reference, inputs.network
-    if len(file.images) == 0:
-        file.seconds["features"] = 0.0
-        return Features(file, extract(network, file.images, show=False), None, s, network)
     entry = reference_cache.entry_path(network, file.sha256)
     with timed(file.seconds, "features"):
-        found = reference_cache.load(entry, network)
-        if found is None:
+        extracted = reference_cache.load(entry)
+        if extracted is None:
             extracted = extract(network, file.images, s.batch_size or network.batch_size, logits=False)
-            found = extracted, metrics.moments_of(extracted.features_ND, network.device)
-            reference_cache.store(entry, *found)
-    return Features(file, *found, s, network)
+            reference_cache.store(entry, extracted)
+    return Features(file, extracted, network, s)
 
 
 @contextmanager
@@ -240,40 +213,38 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = round(time.monotonic() - start, 3)
 
 
-def compare(reference: Features, samples: Features, kid: bool) -> dict[str, float]:
+def compare(reference: Features, samples: Features) -> dict[str, float]:
     """All figures of the samples; how long each took is added to their file's `seconds`."""
     seconds, found, logits_NC = samples.file.seconds, {}, samples.extracted.logits_NC
     with timed(seconds, "inception_score"):
         found["inception_score"] = metrics.inception_score(logits_NC, SPLIT)
         found["inception_score_shuffled"] = metrics.inception_score(logits_NC, SPLIT, shuffle_seed=0)
         found["inception_score_one_split"] = metrics.inception_score(logits_NC, None)
-    with timed(seconds, "fid"):
-        found["fid"] = metrics.frechet_distance(reference.pool, samples.pool)
-    if reference.spatial and samples.spatial:
-        with timed(seconds, "sfid"):
-            found["sfid"] = metrics.frechet_distance(reference.spatial, samples.spatial)
+    for figure, part in (("fid", "pool"), ("sfid", "spatial")):
+        if part in reference.moments and part in samples.moments:
+            with timed(seconds, figure):
+                found[figure] = metrics.frechet_distance(reference.moments[part], samples.moments[part])
     if len(reference.file.images):
         with timed(seconds, "precision_recall"):
             found["precision"], found["recall"] = precision_recall(reference.manifold, samples.manifold)
-    if kid and len(reference.file.images):
-        with timed(seconds, "kid"):
-            features = reference.extracted.features_ND, samples.extracted.features_ND
-            found["kid"], found["kid_deviation"] = metrics.kernel_distance(*features, device=samples.device)
+        if samples.settings.kid:
+            with timed(seconds, "kid"):
+                features = reference.extracted.features_ND, samples.extracted.features_ND
+                found["kid"], found["kid_deviation"] = metrics.kernel_distance(*features, samples.network.device)
     accuracy = samples.class_accuracy()
     return found if accuracy is None else found | {"class_accuracy": accuracy}
 
 
-def settings_of(inputs: Inputs, file: File, s: EvaluatorSettings) -> dict[str, Any]:
+def settings_of(network: FeatureNetwork, reference: File, file: File, s: EvaluatorSettings) -> dict[str, Any]:
     """All that figures depend on, as plain data: where it is equal, they are."""
-    network, reference = inputs.network, inputs.reference
     return {
         "format": FORMAT,
         "network": {
             "name": network.name, "backend": network.backend, "file": network.path.name, "sha256": network.sha256,
             "dimensions": network.dimensions, "classes": network.classes,
         },
-        "reference": reference.about(min(len(reference.images), s.pr_images)),
-        "samples": file.about(min(len(file.images), s.pr_images)),
+        "reference": reference.about(s.pr_images),
+        "samples": file.about(s.pr_images),
         "neighbours": NEIGHBOURS,
         "split": SPLIT,
         "float16_distances": s.float16_distances,
@@ -287,18 +258,15 @@ def measured_before(path: Path, settings: dict[str, Any]) -> dict[str, float] | 
         record = report.MetricsRecord.read(report.output_paths(path)[1])
     except InputError:
         return None
-    old = record.plain()
-    return record.metrics if {key: old[key] for key in settings} == settings else None
+    return record.metrics if settings.items() <= record.plain().items() else None
 
 
-def measure(
-    inputs: Inputs, reference: Features, file: File, s: EvaluatorSettings, settings: dict[str, Any]
-) -> dict[str, float]:
-    """Measure a file, write its record, and print figures and remarks."""
-    network = inputs.network
+def measure(reference: Features, file: File, settings: dict[str, Any]) -> dict[str, float]:
+    """Measure a file, write its record, and print remarks."""
+    network, s = reference.network, reference.settings
     with timed(file.seconds, "features"):
         extracted = extract(network, file.images, s.batch_size or network.batch_size)
-    figures = compare(reference, Features(file, extracted, None, s, network), s.kid)
+    figures = compare(reference, Features(file, extracted, network, s))
     found = checks.same_images(file.images, extracted, reference.file.images, reference.extracted)
     found += checks.order_of_samples(file.images, figures)
     say(found)
@@ -307,7 +275,7 @@ def measure(
         versions={
             "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
         },
-        warnings=inputs.reference.remarks + file.remarks + found,
+        warnings=reference.file.remarks + file.remarks + found,
         seconds={"reference_features": reference.file.seconds["features"], **file.seconds},
     )  # fmt: skip
     report.write(file.images.path, report.figure_lines(figures, network.name), record)
@@ -324,24 +292,25 @@ def main() -> None:
     if world_size() > 1:
         raise InputError("the evaluator is one process: start it without torchrun")
     with join_world() as world, ExitStack() as locks:
-        inputs = Inputs.open(s, world.device)
-        say([remark for file in (inputs.reference, *inputs.samples) for remark in file.remarks])
-        reference, name, rows = None, inputs.network.name, []
-        for file in inputs.samples:
+        network, files = open_inputs(s, world.device)
+        say([remark for file in files for remark in file.remarks])
+        reference_file, *samples = files
+        for file in samples:
             locks.enter_context(file_lock(report.output_paths(file.images.path)[1], "wait for it"))
-        for file in inputs.samples:
-            path, settings = file.images.path, settings_of(inputs, file, s)
+        reference, rows = None, []
+        for file in samples:
+            path, settings = file.images.path, settings_of(network, reference_file, file, s)
             figures = measured_before(path, settings)
             print(f"{path}:{'' if figures is None else ' (measured before)'}", flush=True)
             if figures is None:
-                reference = reference or reference_features(inputs, s)
-                figures = measure(inputs, reference, file, s, settings)
-            print("\n".join(report.figure_lines(figures, name)), flush=True)
+                reference = reference or reference_features(reference_file, network, s)
+                figures = measure(reference, file, settings)
+            print("\n".join(report.figure_lines(figures, network.name)), flush=True)
             rows.append((path, len(file.images), figures))
     if len(rows) > 1:
-        print(report.table([(path.name, n, figures) for path, n, figures in rows], name))
+        print(report.table([(path.name, n, figures) for path, n, figures in rows], network.name))
     for path, scales in report.sweeps([(path, figures) for path, _, figures in rows]).items():
-        report.draw_sweep(path, scales, name)
+        report.draw_sweep(path, scales, network.name)
         print(f"wrote {path}")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluations.c2i.metrics import Moments
+from evaluations.c2i.metrics import Moments, moments_of
 from utils.cli import InputError, explain
 from utils.files import sha256
 from utils.log import progress
@@ -80,13 +80,16 @@ class FeatureNetwork:
 
 @dataclass
 class Extracted:
-    """A samples file in a network's features; of the other layer, moments only, as it would take as much memory again."""
+    """A samples file in a network's features; of the other layer, moments only, as it would take as much memory again.
+
+    moments: "pool" of the features and, where the network has that layer, "spatial"; none without images.
+    """
 
     features_ND: np.ndarray  # float32
     logits_NC: np.ndarray  # float32
-    spatial: Moments | None
+    moments: dict[str, Moments]
     digests_N: np.ndarray  # 16 bytes an image: equal for equal pixels
-    constant: int  # images of one colour
+    constant: int = 0  # images of one colour
 
 
 def extract(
@@ -94,31 +97,33 @@ def extract(
 ) -> Extracted:
     """Everything that figures need of a samples file, read batch by batch; logits (N, 0) if they are not asked for.
 
-    Raises InputError for images of another size than the network's, and for features that are not finite.
+    Images are of the network's size, see check_size. Raises InputError for features that are not finite.
     """
-    network.check_size(samples)
-    n = len(samples)
+    n, done = len(samples), 0
     found = Extracted(
         np.empty((n, network.dimensions), np.float32),
         np.empty((n, network.classes if logits else 0), np.float32),
-        Moments(network.spatial_dimensions, network.device) if network.spatial_dimensions else None,
+        {},
         np.empty(n, "V16"),
-        0,
     )
-    done = 0
-    with progress(total=n, desc=f"features of {samples.path.name}", unit=" images", show=show) as bar:
+    if n and network.spatial_dimensions:
+        found.moments["spatial"] = Moments.empty(network.spatial_dimensions, network.device)
+    with progress(total=n, desc=f"features of {samples.path.name}", unit=" images", show=show and n > 0) as bar:
         for images, digests, constant in _read_ahead(map(_inspected, samples.batches(samples.at_once(batch_size)))):
             rows = slice(done, done + len(images))
             features_BD, logits_BC, *spatial = network(images)
-            _check_finite(network, samples, features_BD, logits_BC, *spatial)
+            if not all(np.isfinite(part).all() for part in (features_BD, logits_BC, *spatial)):
+                raise InputError(f"{network.name} ({network.path}) gives NaN or infinity for images of {samples.path}")
             found.features_ND[rows], found.digests_N[rows] = features_BD, digests
             found.constant += constant
             if logits:
                 found.logits_NC[rows] = logits_BC
-            if found.spatial is not None:
-                found.spatial.add(*spatial)
+            for part in spatial:
+                found.moments["spatial"].add(part)
             done += len(images)
             bar.update(len(images))
+    if n:
+        found.moments["pool"] = moments_of(found.features_ND, network.device)
     return found
 
 
@@ -142,11 +147,6 @@ def _read_ahead(items: Iterator) -> Iterator:
         while (item := pending.result()) is not None:
             pending = pool.submit(next, items, None)
             yield item
-
-
-def _check_finite(network: FeatureNetwork, samples: Samples, *parts: np.ndarray) -> None:
-    if not all(np.isfinite(part).all() for part in parts):
-        raise InputError(f"{network.name} ({network.path}) gives NaN or infinity for images of {samples.path}")
 
 
 @contextmanager

@@ -100,15 +100,11 @@ def test_a_network_exported_by_torch_alone(tmp_path):
 def test_extract_in_batches_of_any_size(tmp_path, batch_size):
     path = export(tmp_path / "means.pt2", Means(), torch.zeros(2, 8, 6, 3, dtype=torch.uint8), 0)
     found = extract(FeatureNetwork.load(path), samples_file(tmp_path / "a.npz"), batch_size, show=False)
-    assert (found.features_ND.shape, found.logits_NC.shape, found.spatial) == ((11, 3), (11, 4), None)
+    assert (found.features_ND.shape, found.logits_NC.shape, list(found.moments)) == ((11, 3), (11, 4), ["pool"])
     np.testing.assert_allclose(found.features_ND, IMAGES.mean((1, 2)), rtol=1e-6)
     np.testing.assert_allclose(found.logits_NC[:, :3], 2 * IMAGES.mean((1, 2)), rtol=1e-6)
-    assert extract(
-        FeatureNetwork.load(path), samples_file(tmp_path / "b.npz"), batch_size, False, False
-    ).logits_NC.shape == (
-        11,
-        0,
-    )
+    without = extract(FeatureNetwork.load(path), samples_file(tmp_path / "b.npz"), batch_size, False, logits=False)
+    assert without.logits_NC.shape == (11, 0)
 
 
 def means_of(images):
@@ -128,8 +124,9 @@ def test_what_is_found_of_images(tmp_path):
     assert [np.flatnonzero(found.digests_N == digest).tolist() for digest in found.digests_N[[1, 6, 7]]] == [
         [1, 4], [5, 6], [7],
     ]  # fmt: skip
-    np.testing.assert_allclose(found.spatial.mean_D, images.mean((0, 1, 2)), rtol=1e-6)
-    assert found.spatial.n == 11
+    for part in ("pool", "spatial"):
+        np.testing.assert_allclose(found.moments[part].mean_D, images.mean((0, 1, 2)), rtol=1e-6)
+        assert found.moments[part].n == 11
 
 
 def test_one_colour():
@@ -172,7 +169,7 @@ def test_images_of_another_size(tmp_path, means):
     with pytest.raises(
         InputError, match=r"a\.npz holds images of 8x6, but mean-colour \(.*\) takes 8x8: give a --network"
     ):
-        extract(FeatureNetwork.load(means), samples_file(tmp_path / "a.npz"))
+        FeatureNetwork.load(means).check_size(samples_file(tmp_path / "a.npz"))
 
 
 def test_a_network_that_fails(means):

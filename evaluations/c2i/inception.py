@@ -12,12 +12,11 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
 
 from evaluations.c2i.features import FeatureNetwork
 from evaluations.c2i.graphdef import Node, read_graph
@@ -78,103 +77,70 @@ class Inception(nn.Module):
 
     def __init__(self, nodes: dict[str, Node]) -> None:
         super().__init__()
-        self.nodes, self.layers = nodes, nn.ModuleList()
-        self.steps: list[tuple[str, list[str], nn.Module | None]] = []  # output, inputs, a layer or None to join them
-        self._planned = {INPUT}
-        for name in (SPATIAL, POOL):
-            self._plan(name)
-        self.last_use = {name: i for i, (_, inputs, _) in enumerate(self.steps) for name in inputs}
         self.size = [int(n) for n in nodes["ResizeBilinear/size"].attrs["value"]]
         self.shift, self.scale = (float(nodes[name].attrs["value"]) for name in ("Sub/y", "Mul/y"))
+        self.layers = _layers(nodes)
         self.register_buffer("weights_PC", torch.tensor(nodes[WEIGHTS].attrs["value"]))
-        del self.nodes, self._planned
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def forward(self, images_BHWC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = (resize_tf1(images_BHWC, *self.size) - self.shift) * self.scale
-        values = {INPUT: x.permute(0, 3, 1, 2)}  # channels last in memory
-        for i, (name, inputs, layer) in enumerate(self.steps):
-            found = [values[key] for key in inputs]
-            values[name] = torch.cat(found, dim=1) if layer is None else layer(found[0])
-            if name == SPATIAL:
-                spatial_BS = values[name][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
-            for key in inputs:
-                if self.last_use[key] == i:
-                    values.pop(key, None)
-        pool_BP = values[POOL].flatten(1)
-        return pool_BP, pool_BP @ self.weights_PC, spatial_BS
+        spatial_BCHW, pool_BP11 = self.layers(x.permute(0, 3, 1, 2))  # channels last in memory
+        pool_BP = pool_BP11.flatten(1)
+        return pool_BP, pool_BP @ self.weights_PC, spatial_BCHW[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
-    def _plan(self, name: str) -> str:
-        """Append the steps that a node's value needs; returns the name that the value goes by."""
-        node = self.nodes[name]
-        while node.op in PASSED_ON:
-            node = self.nodes[node.inputs[0]]
-        if node.name in self._planned:
-            return node.name
-        if node.op == "Relu":
-            norm = self._behind(node.inputs[0], "BatchNormWithGlobalNormalization")
-            conv = self._behind(norm.inputs[0], "Conv2D")
-            layer, sources = self._convolution(conv, norm), conv.inputs[:1]
-        elif node.op in ("MaxPool", "AvgPool"):
-            layer, sources = _pool(node), node.inputs
-        elif node.op == "Concat":
-            layer, sources = None, node.inputs[1:]
+
+def _layers(nodes: dict[str, Node]) -> GraphModule:
+    """The layers from INPUT to SPATIAL and POOL. A GraphModule frees each value after its last use."""
+    graph, layers = Graph(), {}
+    values = {INPUT: graph.placeholder("x")}
+
+    def source(name: str) -> Node:
+        """The node behind Identity and CheckNumerics."""
+        node = nodes[name]
+        return source(node.inputs[0]) if node.op in PASSED_ON else node
+
+    def value(name: str) -> torch.fx.Node:
+        """The value of a node; what it needs is appended to the graph."""
+        node = source(name)
+        if node.name in values:
+            return values[node.name]
+        if node.op == "Concat":
+            parts = [value(part) for part in node.inputs[1:]]
+            values[node.name] = graph.call_function(torch.cat, (parts, 1))
         else:
-            raise InputError(f"the Inception graph has a {node.op} node {node.name} where none is expected")
-        inputs = [self._plan(source) for source in sources]
-        if layer is not None:
-            self.layers.append(layer)
-        self.steps.append((node.name, inputs, layer))
-        self._planned.add(node.name)
-        return node.name
+            if node.op == "Relu":
+                norm = source(node.inputs[0])
+                conv = source(norm.inputs[0])
+                weights, *moments = (source(key).attrs["value"] for key in (conv.inputs[1], *norm.inputs[1:]))
+                layers[node.name], before = _convolution(conv, norm, weights, moments), conv.inputs[0]
+            else:
+                layers[node.name], before = _pool(node), node.inputs[0]
+            values[node.name] = graph.call_module(node.name, (value(before),))
+        return values[node.name]
 
-    def _behind(self, name: str, op: str) -> Node:
-        """The node behind Identity and CheckNumerics; InputError if it is another than expected."""
-        node = self.nodes[name]
-        while node.op in PASSED_ON:
-            node = self.nodes[node.inputs[0]]
-        if node.op != op:
-            raise InputError(f"the Inception graph has a {node.op} node {node.name} where {op} is expected")
-        return node
-
-    def _value(self, name: str) -> np.ndarray:
-        return np.asarray(self._behind(name, "Const").attrs["value"], np.float64)
-
-    def _convolution(self, conv: Node, norm: Node) -> nn.Module:
-        """Convolution and ReLU, the batch norm folded in."""
-        weights = self._value(conv.inputs[1])  # (height, width, in, out)
-        mean, var, beta, gamma = (self._value(name) for name in norm.inputs[1:])
-        factor = 1 / np.sqrt(var + norm.attrs["variance_epsilon"])
-        if norm.attrs.get("scale_after_normalization"):
-            factor = factor * gamma
-        kernel, stride = weights.shape[:2], conv.attrs["strides"][1:3]
-        layer = ConvReLU(weights.shape[2], weights.shape[3], kernel, stride, _padding(conv, kernel, stride))
-        folded = (weights * factor).transpose(3, 2, 0, 1)
-        with torch.no_grad():
-            layer.weight.copy_(torch.from_numpy(folded))
-            layer.bias.copy_(torch.from_numpy(beta - mean * factor))
-        return layer
+    graph.output((value(SPATIAL), value(POOL)))
+    return GraphModule(layers, graph)
 
 
-class ConvReLU(nn.Conv2d):
-    """A convolution and a ReLU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu_(super().forward(x))
-
-
-def _padding(node: Node, kernel: Any, stride: Any) -> tuple[int, int]:
-    """Rows and columns of padding on each side; SAME is symmetric where kernels are odd and the stride is 1."""
-    if node.attrs["padding"] == b"VALID":
-        return 0, 0
-    if any(k % 2 == 0 for k in kernel) or any(s != 1 for s in stride):
-        raise InputError(f"the Inception graph has SAME padding in {node.name} where none is expected")
-    return kernel[0] // 2, kernel[1] // 2
+def _convolution(conv: Node, norm: Node, weights: np.ndarray, moments: list[np.ndarray]) -> nn.Module:
+    """Convolution and ReLU; the batch norm, with mean, variance, beta and gamma, is folded in."""
+    mean, var, beta, gamma = (part.astype(np.float64) for part in moments)
+    factor = 1 / np.sqrt(var + norm.attrs["variance_epsilon"])
+    if norm.attrs.get("scale_after_normalization"):
+        factor = factor * gamma
+    height, width, channels_in, channels = weights.shape
+    padding = conv.attrs["padding"].decode().lower()
+    layer = nn.Conv2d(channels_in, channels, (height, width), tuple(conv.attrs["strides"][1:3]), padding)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy((weights * factor).transpose(3, 2, 0, 1)))
+        layer.bias.copy_(torch.from_numpy(beta - mean * factor))
+    return nn.Sequential(layer, nn.ReLU(inplace=True))
 
 
 def _pool(node: Node) -> nn.Module:
     kernel, stride = (tuple(node.attrs[key][1:3]) for key in ("ksize", "strides"))
-    padding = _padding(node, kernel, stride)
+    padding = kernel[0] // 2 if node.attrs["padding"] == b"SAME" else 0
     if node.op == "MaxPool":
         return nn.MaxPool2d(kernel, stride, padding)
     return nn.AvgPool2d(kernel, stride, padding, count_include_pad=False)

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from evaluations.c2i.download import cache_folder
 from evaluations.c2i.features import Extracted, FeatureNetwork
@@ -17,6 +18,7 @@ from utils.files import atomic_path
 
 FORMAT = 1
 ENTRIES = 8  # the latest used ones stay
+TENSORS = ("mean", "scatter")  # of Moments
 
 
 def entry_path(network: FeatureNetwork, reference_sha256: str) -> Path:
@@ -25,31 +27,30 @@ def entry_path(network: FeatureNetwork, reference_sha256: str) -> Path:
     return cache_folder() / "references" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.npz"
 
 
-def load(path: Path, network: FeatureNetwork) -> tuple[Extracted, Moments] | None:
-    """What store() wrote; None if nothing is there or it cannot be read."""
+def load(path: Path) -> Extracted | None:
+    """What store() wrote, without logits; None if nothing is there or it cannot be read."""
     try:
         with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files}
-        moments = {}
-        for name in ("pool", "spatial"):
-            parts = {key.removeprefix(f"{name}."): value for key, value in arrays.items() if key.startswith(f"{name}.")}
-            moments[name] = Moments.from_arrays(parts, network.device) if parts or name == "pool" else None
-        logits_N0 = np.empty((len(arrays["features"]), 0), np.float32)
-        extracted = Extracted(
-            arrays["features"], logits_N0, moments["spatial"], arrays["digests"], int(arrays["constant"])
-        )
+            moments = {
+                part: Moments(int(file[f"{part}.n"]), *(torch.from_numpy(file[f"{part}.{key}"]) for key in TENSORS))
+                for part in ("pool", "spatial")
+                if f"{part}.n" in file
+            }
+            features_ND, digests_N, constant = file["features"], file["digests"], int(file["constant"])
         os.utime(path)
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, EOFError):
         return None
-    return extracted, moments["pool"]
+    return Extracted(features_ND, np.empty((len(features_ND), 0), np.float32), moments, digests_N, constant)
 
 
-def store(path: Path, extracted: Extracted, pool: Moments) -> None:
+def store(path: Path, extracted: Extracted) -> None:
     """Write an entry; the folder keeps the latest used ones. A folder that cannot be written to is left alone."""
     arrays = {"features": extracted.features_ND, "digests": extracted.digests_N, "constant": extracted.constant}
-    for name, moments in (("pool", pool), ("spatial", extracted.spatial)):
-        if moments is not None:
-            arrays |= {f"{name}.{key}": value for key, value in moments.arrays().items()}
+    for part, moments in extracted.moments.items():
+        values = moments.mean_D.cpu().numpy(), moments.scatter_DD.cpu().numpy()
+        arrays |= {f"{part}.n": moments.n} | {
+            f"{part}.{key}": value for key, value in zip(TENSORS, values, strict=True)
+        }
     try:
         with atomic_path(path) as temporary:
             np.savez(temporary, **arrays)

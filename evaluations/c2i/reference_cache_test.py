@@ -23,9 +23,8 @@ def folder(tmp_path, monkeypatch):
 def extracted(n: int = 9, spatial: bool = True) -> Extracted:
     features = np.random.default_rng(n).normal(size=(n, 5)).astype(np.float32)
     digests = np.array([bytes([i]) * 16 for i in range(n)], "V16")
-    return Extracted(
-        features, np.zeros((n, 0), np.float32), moments_of(features[:, :3]) if spatial else None, digests, 2
-    )
+    moments = {"pool": moments_of(features)} | ({"spatial": moments_of(features[:, :3])} if spatial else {})
+    return Extracted(features, np.zeros((n, 0), np.float32), moments, digests, 2)
 
 
 @pytest.mark.parametrize("n", [4, 30])
@@ -33,14 +32,14 @@ def extracted(n: int = 9, spatial: bool = True) -> Extracted:
 def test_round_trip(n, spatial):
     given = extracted(n, spatial)
     path = reference_cache.entry_path(NETWORK, "a" * 64)
-    reference_cache.store(path, given, moments_of(given.features_ND))
-    found, pool = reference_cache.load(path, NETWORK)
+    reference_cache.store(path, given)
+    found = reference_cache.load(path)
     assert np.array_equal(found.features_ND, given.features_ND) and np.array_equal(found.digests_N, given.digests_N)
     assert found.constant == 2 and found.logits_NC.shape == (n, 0)
-    assert np.array_equal(pool.covariance_DD, moments_of(given.features_ND).covariance_DD)
-    assert (found.spatial is None) != spatial
-    if spatial:
-        assert np.array_equal(found.spatial.covariance_DD, given.spatial.covariance_DD)
+    assert found.moments.keys() == given.moments.keys()
+    for part, moments in given.moments.items():
+        assert found.moments[part].mean_D.equal(moments.mean_D)
+        assert np.array_equal(found.moments[part].covariance_DD, moments.covariance_DD)
 
 
 def test_an_entry_belongs_to_what_computed_it():
@@ -54,27 +53,27 @@ def test_an_entry_belongs_to_what_computed_it():
 
 def test_nothing_or_something_else_is_there(folder):
     path = reference_cache.entry_path(NETWORK, "a")
-    assert reference_cache.load(path, NETWORK) is None
+    assert reference_cache.load(path) is None
     folder.mkdir(parents=True)
     path.write_bytes(b"none")
-    assert reference_cache.load(path, NETWORK) is None
+    assert reference_cache.load(path) is None
     np.savez(path, features=np.zeros((4, 2)))
-    assert reference_cache.load(path, NETWORK) is None
+    assert reference_cache.load(path) is None
 
 
 def test_the_latest_used_entries_stay(folder, monkeypatch):
     monkeypatch.setattr(reference_cache, "ENTRIES", 2)
     paths = [reference_cache.entry_path(NETWORK, name) for name in "abc"]
     for age, path in zip((30, 20), paths, strict=False):
-        reference_cache.store(path, extracted(), moments_of(extracted().features_ND))
+        reference_cache.store(path, extracted())
         os.utime(path, (path.stat().st_atime, path.stat().st_mtime - age))
-    assert reference_cache.load(paths[0], NETWORK) is not None  # used, so it is the latest
-    reference_cache.store(paths[2], extracted(), moments_of(extracted().features_ND))
+    assert reference_cache.load(paths[0]) is not None  # used, so it is the latest
+    reference_cache.store(paths[2], extracted())
     assert set(folder.iterdir()) == {paths[0], paths[2]}
 
 
 def test_a_folder_that_cannot_be_written_to_is_left_alone(tmp_path):
     (tmp_path / "next-patch-prediction").write_text("")
     path = reference_cache.entry_path(NETWORK, "a")
-    reference_cache.store(path, extracted(), moments_of(extracted().features_ND))
-    assert reference_cache.load(path, NETWORK) is None
+    reference_cache.store(path, extracted())
+    assert reference_cache.load(path) is None

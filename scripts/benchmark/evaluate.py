@@ -73,9 +73,6 @@ class Stub:
         self.seconds += time.perf_counter() - start
         return outputs
 
-    def check_size(self, samples: Samples) -> None:
-        """Images of any size will do."""
-
 
 def noise(n: int, size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (n, size, size, 3), np.uint8)
@@ -104,23 +101,21 @@ def figures(s: EvaluationBenchmarkSettings, device: torch.device, folder: Path) 
     sides = []
     for side, n in (("reference", s.references), ("samples", s.samples)):
         images, stub = write_noise(folder / f"{side}.npz", n, s.image_size), Stub(device, len(side))
-        extracted = run(f"{side}: read {n} images, sFID moments", partial(extract, stub, images, 128, show=False))
+        sides.append(run(f"{side}: read {n} images, moments", partial(extract, stub, images, 128, show=False)))
         phases[-1]["seconds"] -= stub.seconds
         images.path.unlink()
-        pool = run(f"{side}: FID moments", partial(metrics.moments_of, extracted.features_ND, device))
-        sides.append((extracted, pool))
-    (reference, pool), (others, other_pool) = sides
+    reference, others = sides
     logits_NC = others.logits_NC
     run("Inception Score", partial(metrics.inception_score, logits_NC))
     run("Inception Score, shuffled", partial(metrics.inception_score, logits_NC, shuffle_seed=0))
     run("Inception Score, one split", partial(metrics.inception_score, logits_NC, None))
-    run("FID", partial(metrics.frechet_distance, pool, other_pool))
-    run("sFID", partial(metrics.frechet_distance, reference.spatial, others.spatial))
+    for figure, part in (("FID", "pool"), ("sFID", "spatial")):
+        run(figure, partial(metrics.frechet_distance, reference.moments[part], others.moments[part]))
     run("precision and recall", lambda: precision_recall(
         *(Manifold(side.features_ND, device=device) for side in (reference, others))
     ))  # fmt: skip
     if s.sqrtm:
-        product_DD = pool.covariance_DD @ other_pool.covariance_DD
+        product_DD = reference.moments["pool"].covariance_DD @ others.moments["pool"].covariance_DD
         run("published: scipy sqrtm, for FID", partial(scipy.linalg.sqrtm, product_DD))
     return phases
 
