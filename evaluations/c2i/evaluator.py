@@ -107,12 +107,15 @@ class File:
 
     def about(self, pr_images: int) -> dict[str, Any]:
         """What this file is, for the record."""
-        labels = self.images.labels
-        return {
-            "file": self.images.path.name, "sha256": self.sha256, "images": len(self.images),
-            "precision_recall_images": min(len(self.images), pr_images),
-            "statistics": "given" if self.given else "computed",
-        } | ({} if labels is None else {"labels": metrics.class_counts(labels)})  # fmt: skip
+        images = self.images
+        about = {
+            "file": images.path.name, "sha256": self.sha256, "images": len(images),
+            "precision_recall_images": min(len(images), pr_images), "statistics": "given" if self.given else "computed",
+        }  # fmt: skip
+        if images.labels is not None:
+            counts = np.unique(images.labels, return_counts=True)[1].tolist()
+            about["labels"] = {"classes": len(counts), "least": min(counts), "most": max(counts)}
+        return about
 
 
 def given_statistics(samples: Samples, network: FeatureNetwork) -> dict[str, Moments]:
@@ -186,13 +189,6 @@ class Features:
             features_ND = features_ND[evenly_spaced(len(features_ND), most)]
         return Manifold(features_ND, device=self.network.device, float16=self.settings.float16_distances)
 
-    def class_accuracy(self) -> float | None:
-        """None without labels, with labels that are no classes of the network, and for Inception, which has its own."""
-        labels, logits_NC = self.file.images.labels, self.extracted.logits_NC
-        if self.network.spatial_dimensions or labels is None or labels.min() < 0 or labels.max() >= logits_NC.shape[1]:
-            return None
-        return metrics.class_accuracy(logits_NC, labels)
-
 
 def reference_features(file: File, network: FeatureNetwork, s: EvaluatorSettings) -> Features:
     """The reference in the network's features: from the cache, or computed and put there."""
@@ -200,7 +196,7 @@ def reference_features(file: File, network: FeatureNetwork, s: EvaluatorSettings
     with timed(file.seconds, "features"):
         extracted = reference_cache.load(entry)
         if extracted is None:
-            extracted = extract(network, file.images, s.batch_size or network.batch_size, logits=False)
+            extracted = extract(network, file.images, s.batch_size, logits=False)
             reference_cache.store(entry, extracted)
     return Features(file, extracted, network, s)
 
@@ -215,10 +211,11 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 def compare(reference: Features, samples: Features) -> dict[str, float]:
     """All figures of the samples; how long each took is added to their file's `seconds`."""
-    seconds, found, logits_NC = samples.file.seconds, {}, samples.extracted.logits_NC
+    seconds, found, network = samples.file.seconds, {}, samples.network
+    logits_NC, labels = samples.extracted.logits_NC, samples.file.images.labels
     with timed(seconds, "inception_score"):
         found["inception_score"] = metrics.inception_score(logits_NC, SPLIT)
-        found["inception_score_shuffled"] = metrics.inception_score(logits_NC, SPLIT, shuffle_seed=0)
+        found["inception_score_shuffled"] = metrics.inception_score(logits_NC, SPLIT, shuffled=True)
         found["inception_score_one_split"] = metrics.inception_score(logits_NC, None)
     for figure, part in (("fid", "pool"), ("sfid", "spatial")):
         if part in reference.moments and part in samples.moments:
@@ -230,9 +227,11 @@ def compare(reference: Features, samples: Features) -> dict[str, float]:
         if samples.settings.kid:
             with timed(seconds, "kid"):
                 features = reference.extracted.features_ND, samples.extracted.features_ND
-                found["kid"], found["kid_deviation"] = metrics.kernel_distance(*features, samples.network.device)
-    accuracy = samples.class_accuracy()
-    return found if accuracy is None else found | {"class_accuracy": accuracy}
+                found["kid"], found["kid_deviation"] = metrics.kernel_distance(*features, network.device)
+    own_classes = not network.spatial_dimensions  # Inception's are other ones
+    if own_classes and labels is not None and labels.min() >= 0 and labels.max() < network.classes:
+        found["class_accuracy"] = metrics.class_accuracy(logits_NC, labels)
+    return found
 
 
 def settings_of(network: FeatureNetwork, reference: File, file: File, s: EvaluatorSettings) -> dict[str, Any]:
@@ -265,7 +264,7 @@ def measure(reference: Features, file: File, settings: dict[str, Any]) -> dict[s
     """Measure a file, write its record, and print remarks."""
     network, s = reference.network, reference.settings
     with timed(file.seconds, "features"):
-        extracted = extract(network, file.images, s.batch_size or network.batch_size)
+        extracted = extract(network, file.images, s.batch_size)
     figures = compare(reference, Features(file, extracted, network, s))
     found = checks.same_images(file.images, extracted, reference.file.images, reference.extracted)
     found += checks.order_of_samples(file.images, figures)

@@ -92,14 +92,13 @@ class Extracted:
     constant: int = 0  # images of one colour
 
 
-def extract(
-    network: FeatureNetwork, samples: Samples, batch_size: int = 256, show: bool = True, logits: bool = True
-) -> Extracted:
+def extract(network: FeatureNetwork, samples: Samples, batch_size: int | None = None, logits: bool = True) -> Extracted:
     """Everything that figures need of a samples file, read batch by batch; logits (N, 0) if they are not asked for.
 
-    Images are of the network's size, see check_size. Raises InputError for features that are not finite.
+    batch_size: default: the network's. Images are of the network's size, see check_size. Raises InputError for features
+    that are not finite.
     """
-    n, done = len(samples), 0
+    n, done, at_once = len(samples), 0, samples.at_once(batch_size or network.batch_size)
     found = Extracted(
         np.empty((n, network.dimensions), np.float32),
         np.empty((n, network.classes if logits else 0), np.float32),
@@ -108,8 +107,8 @@ def extract(
     )
     if n and network.spatial_dimensions:
         found.moments["spatial"] = Moments.empty(network.spatial_dimensions, network.device)
-    with progress(total=n, desc=f"features of {samples.path.name}", unit=" images", show=show and n > 0) as bar:
-        for images, digests, constant in _read_ahead(map(_inspected, samples.batches(samples.at_once(batch_size)))):
+    with progress(total=n, desc=f"features of {samples.path.name}", unit=" images", show=n > 0) as bar:
+        for images, digests, constant in _read_ahead(map(_inspected, samples.batches(at_once))):
             rows = slice(done, done + len(images))
             features_BD, logits_BC, *spatial = network(images)
             if not all(np.isfinite(part).all() for part in (features_BD, logits_BC, *spatial)):

@@ -99,12 +99,12 @@ def test_a_network_exported_by_torch_alone(tmp_path):
 @pytest.mark.parametrize("batch_size", [1, 4, 11, 64])
 def test_extract_in_batches_of_any_size(tmp_path, batch_size):
     path = export(tmp_path / "means.pt2", Means(), torch.zeros(2, 8, 6, 3, dtype=torch.uint8), 0)
-    found = extract(FeatureNetwork.load(path), samples_file(tmp_path / "a.npz"), batch_size, show=False)
+    network, file = FeatureNetwork.load(path), samples_file(tmp_path / "a.npz")
+    found = extract(network, file, batch_size)
     assert (found.features_ND.shape, found.logits_NC.shape, list(found.moments)) == ((11, 3), (11, 4), ["pool"])
     np.testing.assert_allclose(found.features_ND, IMAGES.mean((1, 2)), rtol=1e-6)
     np.testing.assert_allclose(found.logits_NC[:, :3], 2 * IMAGES.mean((1, 2)), rtol=1e-6)
-    without = extract(FeatureNetwork.load(path), samples_file(tmp_path / "b.npz"), batch_size, False, logits=False)
-    assert without.logits_NC.shape == (11, 0)
+    assert extract(network, file, batch_size, logits=False).logits_NC.shape == (11, 0)
 
 
 def means_of(images):
@@ -119,7 +119,7 @@ def test_what_is_found_of_images(tmp_path):
     """Digests tell equal images; images of one colour are counted; spatial features end in moments."""
     images = IMAGES.copy()
     images[4], images[5:7] = images[1], 77
-    found = extract(WITH_SPATIAL, samples_file(tmp_path / "a.npz", images), 3, show=False)
+    found = extract(WITH_SPATIAL, samples_file(tmp_path / "a.npz", images), 3)
     assert found.constant == 2
     assert [np.flatnonzero(found.digests_N == digest).tolist() for digest in found.digests_N[[1, 6, 7]]] == [
         [1, 4], [5, 6], [7],
@@ -143,7 +143,7 @@ def test_an_error_while_reading_ahead_is_raised(tmp_path):
             raise InputError("ends early")
 
     with pytest.raises(InputError, match="ends early"):
-        extract(WITH_SPATIAL, Broken(samples_file(tmp_path / "a.npz").path), 3, show=False)
+        extract(WITH_SPATIAL, Broken(samples_file(tmp_path / "a.npz").path), 3)
 
 
 def test_trap_no_tf32_whatever_is_set(monkeypatch, means):
@@ -166,9 +166,8 @@ def test_trap_no_tf32_whatever_is_set(monkeypatch, means):
 
 
 def test_images_of_another_size(tmp_path, means):
-    with pytest.raises(
-        InputError, match=r"a\.npz holds images of 8x6, but mean-colour \(.*\) takes 8x8: give a --network"
-    ):
+    message = r"a\.npz holds images of 8x6, but mean-colour \(.*\) takes 8x8: give a --network"
+    with pytest.raises(InputError, match=message):
         FeatureNetwork.load(means).check_size(samples_file(tmp_path / "a.npz"))
 
 
@@ -183,7 +182,7 @@ def test_a_network_that_fails(means):
 def test_features_that_are_not_finite(tmp_path):
     path = export(tmp_path / "x.pt2", Means("not finite"), torch.zeros(2, 8, 6, 3, dtype=torch.uint8), 0)
     with pytest.raises(InputError, match=r"x \(.*\) gives NaN or infinity for images of .*a\.npz"):
-        extract(FeatureNetwork.load(path), samples_file(tmp_path / "a.npz"), show=False)
+        extract(FeatureNetwork.load(path), samples_file(tmp_path / "a.npz"))
 
 
 def test_missing(tmp_path):
@@ -223,41 +222,37 @@ def test_other_kinds_of_files(tmp_path):
             FeatureNetwork.load(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    ("example", "message"),
-    [
-        (torch.zeros(2, 8, 8, 3), r"takes float32 \(\?, 8, 8, 3\)"),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"takes uint8 \(\?, 3, 8, 8\)"),
-        (torch.zeros(2, 8, 3, dtype=torch.uint8), r"takes uint8 \(\?, 8, 3\)"),
-    ],
-)
-def test_other_inputs(tmp_path, example, message):
-    class Sum(nn.Module):
-        def forward(self, images):
-            sums = images.float().flatten(1)
-            return sums, sums
+class Sum(nn.Module):
+    """The sum of each image as features and logits, whatever its form."""
 
-    with pytest.raises(InputError, match=message):
-        FeatureNetwork.load(export(tmp_path / "x.pt2", Sum(), example, 0))
+    def forward(self, images):
+        sums = images.float().flatten(1)
+        return sums, sums
 
 
-def test_a_fixed_batch(tmp_path):
-    path = export(tmp_path / "x.pt2", Means(), torch.zeros(2, 8, 8, 3, dtype=torch.uint8))
-    with pytest.raises(InputError, match="takes batches of 2 only: export it with a dynamic first dimension"):
-        FeatureNetwork.load(path)
+IMAGE = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("module", "example", "dynamic", "message"),
     [
-        ("one output", r"gives float32 \(\?, 3\); expected"),
-        ("three outputs", r"gives float32 \(\?, 3\) and float32 \(\?, 4\) and float32 \(\?, 4\); expected"),
-        ("maps", r"gives float32 \(\?, 8, 8, 3\) and float32 \(\?, 4\); expected"),
-        ("classes", r"gives float32 \(\?, 3\) and int64 \(\?\); expected"),
-        ("whole numbers", r"gives int64 \(\?, 3\) and float32 \(\?, 4\); expected"),
-        ("batch mean", r"gives float32 \(1, 3\) and float32 \(\?, 4\); expected"),
+        (Sum(), IMAGE.float(), (0,), r"takes float32 \(\?, 8, 8, 3\)"),
+        (Sum(), IMAGE.permute(0, 3, 1, 2), (0,), r"takes uint8 \(\?, 3, 8, 8\)"),
+        (Sum(), IMAGE[..., 0], (0,), r"takes uint8 \(\?, 8, 8\)"),
+        (Means(), IMAGE, (), "takes batches of 2 only: export it with a dynamic first dimension"),
+        (Means("one output"), IMAGE, (0,), r"gives float32 \(\?, 3\); expected"),
+        (
+            Means("three outputs"),
+            IMAGE,
+            (0,),
+            r"gives float32 \(\?, 3\) and float32 \(\?, 4\) and float32 \(\?, 4\); expected",
+        ),
+        (Means("maps"), IMAGE, (0,), r"gives float32 \(\?, 8, 8, 3\) and float32 \(\?, 4\); expected"),
+        (Means("classes"), IMAGE, (0,), r"gives float32 \(\?, 3\) and int64 \(\?\); expected"),
+        (Means("whole numbers"), IMAGE, (0,), r"gives int64 \(\?, 3\) and float32 \(\?, 4\); expected"),
+        (Means("batch mean"), IMAGE, (0,), r"gives float32 \(1, 3\) and float32 \(\?, 4\); expected"),
     ],
 )
-def test_other_outputs(tmp_path, kind, message):
+def test_other_inputs_and_outputs(tmp_path, module, example, dynamic, message):
     with pytest.raises(InputError, match=message):
-        FeatureNetwork.load(export(tmp_path / "x.pt2", Means(kind), torch.zeros(2, 8, 8, 3, dtype=torch.uint8), 0))
+        FeatureNetwork.load(export(tmp_path / "x.pt2", module, example, *dynamic))

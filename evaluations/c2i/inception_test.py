@@ -152,7 +152,7 @@ def test_golden_figures(network, case, tmp_path):
         digest = hashlib.sha256(next(file.batches(len(file)))).hexdigest()
         assert digest == CASES[case]["inputs"][side]["sha256"]
         seen = next((known for known in found if CASES[case]["inputs"][known]["sha256"] == digest), None)
-        found[side] = found[seen] if seen else extract(network, file, show=False, batch_size=32)
+        found[side] = found[seen] if seen else extract(network, file)
         moments[side] = found[side].moments | given_statistics(file, network)
     exact, published = CASES[case]["exact"], CASES[case]["metrics"]
     fid, sfid = (

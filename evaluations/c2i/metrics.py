@@ -58,11 +58,11 @@ class Moments:
         return self.scatter_DD.cpu().numpy() / (self.n - 1)
 
 
-def moments_of(features_ND: np.ndarray, device: torch.device | str = "cpu", rows: int = 4096) -> Moments:
+def moments_of(features_ND: np.ndarray, device: torch.device | str = "cpu") -> Moments:
     """The moments of an array (N, D), some rows at a time."""
     moments = Moments.empty(features_ND.shape[1], device)
-    for start in range(0, len(features_ND), rows):
-        moments.add(features_ND[start : start + rows])
+    for start in range(0, len(features_ND), 4096):
+        moments.add(features_ND[start : start + 4096])
     return moments
 
 
@@ -101,15 +101,15 @@ def _root(sigma_DD: np.ndarray) -> np.ndarray:
     return root_RD
 
 
-def inception_score(logits_NC: np.ndarray, split_size: int | None = SPLIT, shuffle_seed: int | None = None) -> float:
+def inception_score(logits_NC: np.ndarray, split_size: int | None = SPLIT, shuffled: bool = False) -> float:
     """exp(mean KL(p(y|x) || p(y))) of each split, averaged over the splits (arXiv 1606.03498).
 
     As published: consecutive splits in the order of the items, the last one shorter and weighted the same, so the
-    score depends on the order. With `shuffle_seed` the items are shuffled first, with `split_size` None there is one
+    score depends on the order. With `shuffled` the items are shuffled first, with `split_size` None there is one
     split of all: then it does not.
     """
     n = len(logits_NC)
-    order = np.arange(n) if shuffle_seed is None else streams.permutation(n, shuffle_seed, streams.ORDER)
+    order = streams.permutation(n, 0, streams.ORDER) if shuffled else np.arange(n)
     size = split_size or n
     return float(np.mean([_score(logits_NC, order[start : start + size]) for start in range(0, n, size)]))
 
@@ -152,9 +152,3 @@ def _squared_mmd(x_ND: Tensor, y_ND: Tensor) -> float:
 def class_accuracy(logits_NC: np.ndarray, labels_N: np.ndarray) -> float:
     """Share of items whose largest logit is that of their label."""
     return float((logits_NC.argmax(axis=1) == labels_N).mean())
-
-
-def class_counts(labels_N: np.ndarray) -> dict[str, int]:
-    """How many classes there are, and how many items the smallest and the largest of them have."""
-    _, counts = np.unique(labels_N, return_counts=True)
-    return {"classes": len(counts), "least": int(counts.min()), "most": int(counts.max())}

@@ -83,21 +83,17 @@ def draw_sweep(path: Path, scales: dict[float, dict[str, float]], network: str) 
 
     xs, fids = list(scales), [figures["fid"] for figures in scales.values()]
     scores = [figures["inception_score"] for figures in scales.values()]
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(xs, fids, marker="o", color="C0")
-    left.set(xlabel="CFG scale", ylabel="FID")
-    best = min(scales, key=lambda scale: scales[scale]["fid"])
-    left.axvline(best, color="grey", linewidth=1, linestyle=":")
-    other = left.twinx()
-    other.plot(xs, scores, marker="s", color="C1")
-    other.set_ylabel("Inception Score")
-    for axes, colour in ((left, "C0"), (other, "C1")):
-        axes.yaxis.label.set_color(colour)
-    right.plot(scores, fids, marker="o", color="C2")
+    panels = (
+        ("CFG scale", xs, "FID", fids), ("CFG scale", xs, "Inception Score", scores), ("Inception Score", scores, "FID", fids),
+    )  # fmt: skip
+    figure = Figure(figsize=(14, 4.5), layout="constrained")
+    for axes, (x_label, x, y_label, y) in zip(figure.subplots(1, 3), panels, strict=True):
+        axes.plot(x, y, marker="o")
+        axes.set(xlabel=x_label, ylabel=y_label)
     for scale, x, y in zip(xs, scores, fids, strict=True):
-        right.annotate(f"{scale:g}", (x, y), xytext=(5, 4), textcoords="offset points")
-    right.set(xlabel="Inception Score", ylabel="FID", title="CFG scale at each point")
+        axes.annotate(f"{scale:g}", (x, y), xytext=(5, 4), textcoords="offset points")
+    axes.set_title("CFG scale at each point")
+    best = min(scales, key=lambda scale: scales[scale]["fid"])
     figure.suptitle(f"In the features of {plain_label(network)}; lowest FID {scales[best]['fid']:.2f} at {best:g}")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120)

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-
 from evaluations.c2i import report
 
 FIGURES = {
@@ -40,10 +38,3 @@ def test_sweeps_are_files_that_differ_in_the_scale_only():
         Path("x/a-cfg-sweep-seed-0.png"): {1.75: {"fid": 1.0}, 2.0: {"fid": 0.0}, 10.0: {"fid": 5.0}},
     }
     assert list(report.sweeps(rows)[Path("x/a-cfg-sweep-seed-0.png")]) == [1.75, 2.0, 10.0]
-
-
-@pytest.mark.parametrize("network", ["Inception", "eye"])
-def test_a_sweep_is_drawn(tmp_path, network):
-    scales = {scale: {"fid": 10 / scale, "inception_score": scale} for scale in (1.0, 1.5, 2.0)}
-    report.draw_sweep(tmp_path / "sweep.png", scales, network)
-    assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"

@@ -40,20 +40,13 @@ from utils.log import RunLog
 from utils.networks import save_network
 from utils.records import Record
 from utils.runs import Run
-from utils.settings import (
-    Count,
-    FractionBelowOne,
-    ImageSize,
-    NonNegative,
-    Positive,
-    PositiveInt,
-    setting,
-)
+from utils.settings import Count, FractionBelowOne, ImageSize, NonNegative, Positive, PositiveInt, setting
 from utils.task import EngineSettings, Task
 from utils.update import adamw
 
 WARMUP = 0.2  # of the run
 SHIFT, MIRROR = range(2)  # parts of the augmentation's stream
+Arrays = tuple[np.ndarray, np.ndarray]  # uint8 images (N, H, W, 3) and labels (N,) int64
 
 
 class ClassifierSettings(EngineSettings, ImageSettings):
@@ -91,13 +84,14 @@ def check(settings: ClassifierSettings, train: ImageFolder, val: ImageFolder) ->
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise InputError(f"--data-path and --val-path have different classes: {', '.join(odd[:3])} in one of them only")
-    if settings.global_batch_size < 2:
-        raise InputError("--global-batch-size 1: expected at least 2, as batch norms need")
     if settings.image_size < 8:
         raise InputError(f"--image-size {settings.image_size}: expected at least 8, as images are halved three times")
     settings.check_batch(len(train), 1)
-    if settings.global_batch_size // settings.gradient_accumulation_steps < 2:
-        raise InputError("--gradient-accumulation-steps leaves one image a part: expected at least 2")
+    least = 2 * settings.gradient_accumulation_steps
+    if settings.global_batch_size < least:
+        raise InputError(
+            f"--global-batch-size {settings.global_batch_size}: expected at least {least}, as batch norms need"
+        )
     needed = (len(train) + len(val)) * settings.image_size**2 * 3
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory / 2:
@@ -131,15 +125,10 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 class ClassifierTask(Task):
-    """Training of a Classifier on images in memory: uint8 (N, H, W, 3) and labels (N,) int64."""
+    """Training of a Classifier on images in memory."""
 
     def __init__(
-        self,
-        settings: ClassifierSettings,
-        train: tuple[np.ndarray, np.ndarray],
-        val: tuple[np.ndarray, np.ndarray],
-        classes: int,
-        args: dict[str, Any],
+        self, settings: ClassifierSettings, train: Arrays, val: Arrays, classes: int, args: dict[str, Any]
     ) -> None:
         self.settings, self.about = settings, {"args": args}
         self.images, self.image_labels = (torch.from_numpy(array) for array in train)

@@ -101,13 +101,13 @@ def figures(s: EvaluationBenchmarkSettings, device: torch.device, folder: Path) 
     sides = []
     for side, n in (("reference", s.references), ("samples", s.samples)):
         images, stub = write_noise(folder / f"{side}.npz", n, s.image_size), Stub(device, len(side))
-        sides.append(run(f"{side}: read {n} images, moments", partial(extract, stub, images, 128, show=False)))
+        sides.append(run(f"{side}: read {n} images, moments", partial(extract, stub, images, 128)))
         phases[-1]["seconds"] -= stub.seconds
         images.path.unlink()
     reference, others = sides
     logits_NC = others.logits_NC
     run("Inception Score", partial(metrics.inception_score, logits_NC))
-    run("Inception Score, shuffled", partial(metrics.inception_score, logits_NC, shuffle_seed=0))
+    run("Inception Score, shuffled", partial(metrics.inception_score, logits_NC, shuffled=True))
     run("Inception Score, one split", partial(metrics.inception_score, logits_NC, None))
     for figure, part in (("FID", "pool"), ("sFID", "spatial")):
         run(figure, partial(metrics.frechet_distance, reference.moments[part], others.moments[part]))
