@@ -13,7 +13,7 @@ from utils import machine
 @pytest.fixture
 def last_line(capsys, monkeypatch):
     """last_line(module, *arguments): the JSON that a benchmark ends with; all in this process, rates measured by one call."""
-    monkeypatch.setattr(harness, "in_a_process", lambda call, *arguments, quiet=False: call(*arguments))
+    monkeypatch.setattr(harness, "in_a_process", lambda call, *arguments: call(*arguments))
     for module in (machine, sample, data, train):
         monkeypatch.setattr(module, "durations", lambda call, *_, **__: [harness.timed(call)[0]])
 
@@ -31,21 +31,8 @@ TINY = ("--gpt-model", "GPT-XXS", "--image-tokens", 16, "--vocab-size", 64)
 
 
 def test_training(last_line):
-    result = last_line(
-        train,
-        *TINY,
-        "--batch-size",
-        2,
-        "--steps",
-        1,
-        "--measure",
-        "steps",
-        "runs",
-        "--epochs",
-        2,
-        "--steps-per-epoch",
-        2,
-    )
+    short = ("--batch-size", 2, "--steps", 1, "--epochs", 2, "--steps-per-epoch", 2)
+    result = last_line(train, *TINY, *short, "--measure", "steps", "runs")
     steps, runs = result["steps"], result["runs"]
     assert [row["patch"] for row in steps] == [1, 2, 4]
     assert [row["positions"] for row in steps] == [1, 0.25, 0.0625]
@@ -56,11 +43,8 @@ def test_training(last_line):
 def test_operations(last_line):
     rows = last_line(train, *TINY, "--batch-size", 2, "--steps", 1, "--measure", "operations")["operations"]
     assert [row["operation"] for row in rows].count("product, dweight") == 3
-    assert {row["shape"] for row in rows if row["operation"] == "dropout"} == {
-        "16 positions",
-        "4 positions",
-        "1 positions",
-    }
+    dropouts = [row["shape"] for row in rows if row["operation"] == "dropout"]
+    assert dropouts == ["16 positions", "4 positions", "1 positions"]
     assert all(row["gain"] == row["PyTorch's"] / row["ms"] for row in rows)
 
 
@@ -77,10 +61,7 @@ def test_sampling(last_line, tmp_path):
     )  # fmt: skip
     (row,) = result["decoding"]
     assert row["same codes"] == 1
-    assert [(row["file"], row["way"]) for row in result["loading"]][::3] == [
-        ("gpt.pt", "as the stages load it"),
-        ("shards", "as the stages load it"),
-    ]
+    assert [row["file"] for row in result["loading"]] == ["gpt.pt", "shards"]
     assert result["writing"]["as written"] is True
     assert list(tmp_path.iterdir()) == []
 
@@ -95,30 +76,26 @@ def test_extraction(last_line, tmp_path):
         "--ten-crop", "--crop-range", 1.1, 1.3,
     )["extraction"]  # fmt: skip
     assert result["codes differ"] == 0
-    assert result["ms"].keys() == {"read", "decode", "crop", "normalise", "encode", "quantise", "write"}
-    assert result["bytes of the loop's"] > 3.9
+    assert result["ms"].keys() == {"decode", "crop", "encode", "write"}
     assert 0 < result["outside the encoder"] < 1
 
 
-def test_codes_are_written_once_then_read_and_packed(last_line, tmp_path):
+def test_codes_are_written_once_then_read(last_line, tmp_path):
     arguments = (
-        "--measure", "reading", "packing", "--code-path", tmp_path, "--code-images", 60, "--per-image", 20, "--views", 2,
-        "--image-tokens", 4, "--global-batch-size", 8, "--batches", 3,
+        "--measure", "reading", "--code-path", tmp_path, "--code-images", 60, "--views", 2, "--image-tokens", 4,
+        "--global-batch-size", 8, "--batches", 3,
     )  # fmt: skip
-    result = last_line(data, *arguments)
-    assert [(row["cache"], row["files"]) for row in result["reading"]] == [("cold", 3), ("warm", 3)]
-    assert all(row["samples/s"] > 0 for row in result["reading"])
-    assert result["packing"]["files"] == 41 and result["packing"]["images/s"] > 0
-    plain = [path for path in tmp_path.rglob("*.npy") if "random1_packed" not in path.parts]
-    written = {path: path.stat().st_mtime_ns for path in plain}
+    rows = last_line(data, *arguments)["reading"]
+    assert [row["cache"] for row in rows] == ["cold", "warm"]
+    assert all(row["samples/s"] > 0 and row["GB"] > 0 for row in rows)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
     last_line(data, *arguments)
-    assert {path: path.stat().st_mtime_ns for path in plain} == written
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")} == written
 
 
 def test_evaluation(last_line):
-    result = last_line(
-        evaluate, "--samples", 12, "--references", 8, "--image-size", 16, "--network-images", 1, "--compare"
-    )
+    result = last_line(evaluate, "--samples", 12, "--references", 8, "--image-size", 16, "--network-images", 1)
     assert result["images_per_s"] > 0
     phases = [row["phase"] for row in result["rows"]]
-    assert phases[:2] == ["network (torch)", "network in bf16"] and phases[-1] == "precision and recall"
+    assert phases[:2] == ["network (torch)", "reference: read 8 images, sFID moments"]
+    assert phases[-1] == "precision and recall"

@@ -5,16 +5,15 @@
 Each has several measurements, chosen by --measure. A last line of JSON holds everything that was measured.
 """
 
-import contextlib
 import json
 import multiprocessing
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 
 from utils.settings import Settings
@@ -75,16 +74,12 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)), flush=True)
 
 
-def in_a_process(call: Callable[..., Any], *arguments: Any, quiet: bool = False) -> Any:
-    """Call a function of a module in a fresh process, whose peak memory is its own. quiet: without its output."""
+def in_a_process(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function of a module in a fresh process, whose peak memory is its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_quietly if quiet else _plainly, call, *arguments).result()
+        return pool.submit(call, *arguments).result()
 
 
-def _plainly(call: Callable[..., Any], *arguments: Any) -> Any:
-    return call(*arguments)
-
-
-def _quietly(call: Callable[..., Any], *arguments: Any) -> Any:
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        return call(*arguments)
+def noise(images: range, size: int) -> np.ndarray:
+    """Images of noise, uint8 (N, size, size, 3); other ones for each first number."""
+    return np.random.default_rng(images.start).integers(0, 256, (len(images), size, size, 3), np.uint8)

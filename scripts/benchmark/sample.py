@@ -8,9 +8,9 @@
 decoding: the limit of a step is the longer of two times: its products at the matmul rate, and the weights and caches that
 it reads at the rate at which memory is copied, both measured in the same run. A plain eager loop over the model's own
 layers, with caches that grow, draws the same images beside it.
-loading: bf16 weights (all equal: nothing depends on them) in one .pt and in several safetensors files, each loaded in a
-process of its own; needs them twice on disk and twice in memory. writing: images of noise go through the sampler's own
-files and are read back.
+loading: bf16 weights (all equal: nothing depends on them) in one .pt and in several safetensors files, each loaded as the
+stages do, in a process of its own; needs them twice on disk and twice in memory. writing: images of noise go through the
+sampler's own files and are read back.
 """
 
 import statistics
@@ -103,11 +103,9 @@ def decoding(s: SampleBenchmarkSettings, model: Transformer, batch: int, dtype: 
     scales = guidance_scales(codes, s.cfg_scale)
     draw_batch = partial(harness.timed, lambda: decoder(labels, uniforms, scales), device)
     first, drawn = draw_batch()
-    runs = []
-    for _ in range(s.repeats):
-        runs.append((matmul_rate(device, dtype), copy_rate(device), draw_batch()[0]))
-    matmul, copied = (max(row[i] for row in runs) for i in range(2))
-    taken = statistics.median(row[-1] for row in runs)
+    runs = [(matmul_rate(device, dtype), copy_rate(device), draw_batch()[0]) for _ in range(s.repeats)]
+    matmul_rates, copy_rates, times = zip(*runs, strict=True)
+    matmul, copied, taken = max(matmul_rates), max(copy_rates), statistics.median(times)
     flops, read = step_work(model, batch, s.cfg_scale > 1, dtype)
     limit = max(flops / matmul, read / copied)
     row = {
@@ -150,73 +148,32 @@ def measure_decoding(s: SampleBenchmarkSettings, device: torch.device) -> dict[s
     return {"decoding": rows, "pixels_seconds": seconds}
 
 
-def write_weights(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[list[Path], int]:
-    """A preset's weights as a .pt file and as a folder of safetensors of 1 GB; the paths, and the bytes of the weights."""
+def write_weights(folder: Path, name: str) -> list[Path]:
+    """A preset's weights in bf16, as a .pt file and as a folder of safetensors of 1 GB; the paths."""
     config = preset(name)
     shapes = {key: tuple(value.shape) for key, value in GPT.empty(config).state_dict().items()}
-    state = {key: torch.full(shape, 0.01, dtype=dtype) for key, shape in shapes.items()}
+    state = {key: torch.full(shape, 0.01, dtype=torch.bfloat16) for key, shape in shapes.items()}
     about = {"config": asdict(config), "gpt_model": name}
     checkpoint.save(folder / "gpt.pt", {**about, "model": state})
     checkpoint.save_folder(folder / "shards", state, about, "1GB")
-    return [folder / "gpt.pt", folder / "shards"], sum(t.numel() * t.element_size() for t in state.values())
+    return [folder / "gpt.pt", folder / "shards"]
 
 
-def load(path: Path, filled: bool, touch: bool) -> tuple[float, int]:
-    """Seconds, and bytes that this process had at most beyond what it had before.
-
-    filled: make a model first, then copy the file's tensors into it. touch: read every weight.
-    """
-
-    def call() -> Transformer:
-        if not filled:
-            return GPT.from_pretrained(path)
-        content = checkpoint.load(path)
-        torch.set_default_dtype(next(iter(content["model"].values())).dtype)
-        model = Transformer(preset(content["gpt_model"]))
-        model.load_state_dict(checkpoint.state_dict(content))
-        torch.set_default_dtype(torch.float32)
-        return model
-
+def load(path: Path) -> dict[str, Any]:
+    """What loading takes: seconds, and the most that this process had resident beyond what it had before."""
     reset_peak_memory(CPU)
     before = peak_memory(CPU)
-    seconds, model = harness.timed(call)
-    if touch:
-        more, _ = harness.timed(lambda: [int(p.data.view(torch.uint8).max()) for p in model.parameters()])
-        seconds += more
-    return seconds, peak_memory(CPU) - before
-
-
-WAYS: dict[str, tuple[bool, bool]] = {
-    "as the stages load it": (False, False),
-    "and every weight read": (False, True),
-    "made, then filled": (True, True),
-}
+    seconds, model = harness.timed(lambda: GPT.from_pretrained(path))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {"file": path.name, "GB": weights / 1e9, "peak GB": (peak_memory(CPU) - before) / 1e9, "seconds": seconds}
 
 
 def measure_loading(s: SampleBenchmarkSettings) -> list[dict[str, Any]]:
-    rows = []
     with tempfile.TemporaryDirectory(dir=s.folder) as folder:
-        paths, size = write_weights(Path(folder), s.gpt_model)
-        for path in paths:
-            for way, flags in WAYS.items():
-                seconds, held = harness.in_a_process(load, path, *flags)
-                rows.append(
-                    {"file": path.name, "way": way, "GB": size / 1e9, "peak GB": held / 1e9, "seconds": seconds}
-                )
+        rows = [harness.in_a_process(load, path) for path in write_weights(Path(folder), s.gpt_model)]
     print(f"loading {s.gpt_model}")
-    harness.table(rows, {"file": "s", "way": "s", "GB": ".2f", "peak GB": ".2f", "seconds": ".2f"})
+    harness.table(rows, {"file": "s", "GB": ".2f", "peak GB": ".2f", "seconds": ".2f"})
     return rows
-
-
-def noise(part: range, size: int) -> np.ndarray:
-    """The images of a part, each a function of its number."""
-    return np.stack([np.random.Generator(np.random.PCG64(i)).integers(0, 256, (size, size, 3), np.uint8) for i in part])
-
-
-def read_whole(path: Path) -> int:
-    """The sum of the last image, by numpy, which has all of them in memory."""
-    with np.load(path) as file:
-        return int(file["arr_0"][-1].sum())
 
 
 def measure_writing(s: SampleBenchmarkSettings) -> dict[str, Any]:
@@ -225,21 +182,22 @@ def measure_writing(s: SampleBenchmarkSettings) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=s.folder) as folder:
         out = Path(folder) / "samples.npz"
         parts = Parts(out, labels, size)
+        todo = list(parts.missing(s.write_batch))
         reset_peak_memory(CPU)
 
         def write_parts() -> None:
-            for part in progress(parts.missing(s.write_batch), desc="parts", unit=" parts"):
-                parts.write(part, noise(part, size))
+            for part in progress(todo, desc="parts", unit=" parts"):
+                parts.write(part, harness.noise(part, size))
 
         row = {"images": n, "parts s": harness.timed(write_parts)[0]}
         row[".npz s"], _ = harness.timed(lambda: samples.write(out, parts.read(), (n, size, size, 3), labels))
         row["read s"], last = harness.timed(lambda: deque(samples.Samples(out).batches(256), maxlen=1).pop()[-1])
         row |= {"GB": out.stat().st_size / 1e9, "peak GiB": peak_memory(CPU) / 2**30}
-        expected = noise(range(n - 1, n), size)[0]
-        row["as written"] = np.array_equal(last, expected) and harness.in_a_process(read_whole, out) == expected.sum()
-    harness.table([row], {"images": "d", "GB": ".2f", "parts s": ".1f", ".npz s": ".1f", "read s": ".1f",
-                          "peak GiB": ".2f", "as written": ""})  # fmt: skip
-    return {key: bool(value) if key == "as written" else value for key, value in row.items()}
+        row["as written"] = bool(np.array_equal(last, harness.noise(todo[-1], size)[-1]))
+    harness.table([row], {
+        "images": "d", "GB": ".2f", "parts s": ".1f", ".npz s": ".1f", "read s": ".1f", "peak GiB": ".2f", "as written": "",
+    })  # fmt: skip
+    return row
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -4,21 +4,16 @@
     python -m scripts.benchmark.train --gpt-model GPT-L --batch-size 256 --compile                # on a GPU
     python -m scripts.benchmark.train --measure runs --gpt-model GPT-B --batch-size 8
     python -m scripts.benchmark.train --measure operations --gpt-model GPT-B --batch-size 4
-    python -m scripts.benchmark.train --measure memory --gpt-model GPT-B --batch-size 2 --image-tokens 16 --vocab-size 64
 
 steps: what the trainer does in a step, on random codes: gather them from packed shards, forward, backward, clipping,
 AdamW. MFU counts 6 FLOPs for each matrix weight and position, and causal attention, against the matmul rate measured in
 the same run. runs: the whole training command, with its start, checkpoints and curves. These cost the same at every level,
 so short runs show less of the saving than long ones. operations: those of utils/kernels.py beside PyTorch's own, on a CPU,
-at the shapes of a step; the group norm is that of the small tokenizer. memory: what the first of two processes had resident,
-by ddp and fsdp, beyond what it has with GPT-XXS, beside what autoregressive.train.plan counts.
+at the shapes of a step; the group norm is that of the small tokenizer.
 """
 
 import itertools
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -33,7 +28,6 @@ from autoregressive.models.gpt import PRESETS, Transformer, preset
 from autoregressive.models.patches import grid_side
 from autoregressive.train import train_c2i
 from autoregressive.train.gpt_task import Data, GPTTask
-from autoregressive.train.memory import memory
 from autoregressive.train.schedule import Level, Plan, patch_levels, relative_cost
 from dataset.codes import Codes, toy
 from scripts.benchmark import harness
@@ -42,20 +36,17 @@ from utils import cli, kernels
 from utils.distributed import World, autocast, best_device, precision_dtype
 from utils.log import read_metrics
 from utils.machine import durations, keep_freed_memory, matmul_rate, peak_memory, reset_peak_memory
-from utils.runs import numbered_folders
 from utils.settings import Fraction, PositiveInt, Settings, one_of, setting
 from utils.task import EngineSettings
 from utils.update import update
 
-ROOT = Path(__file__).resolve().parents[2]
 RATE = 0.5  # of the schedules, as published
-DROPOUT = {"token_dropout_p": 0.1, "resid_dropout_p": 0.1, "ffn_dropout_p": 0.1}  # the trainer's defaults
 
 
 class TrainBenchmarkSettings(Settings):
     """The settings of this benchmark; see --help."""
 
-    measure: list[one_of(("steps", "runs", "operations", "memory"))] = setting(["steps"])
+    measure: list[one_of(("steps", "runs", "operations"))] = setting(["steps"])
     gpt_model: one_of(PRESETS) = setting("GPT-S")
     batch_size: PositiveInt = setting(16)
     image_tokens: PositiveInt = setting(256, "codes an image")
@@ -92,7 +83,7 @@ def make_task(s: TrainBenchmarkSettings, codes: Codes, device: torch.device) -> 
     return GPTTask(model, Data(codes), plan, settings, label_drop=0.1, recompute=s.activation_checkpointing)
 
 
-def step_costs(s: TrainBenchmarkSettings, device: torch.device) -> list[dict[str, Any]]:
+def measure_steps(s: TrainBenchmarkSettings, device: torch.device) -> list[dict[str, Any]]:
     """A row a patch side, fine to coarse: medians of a whole step, of forward and backward alone, of the wait for data."""
     dtype, rows = precision_dtype(s.mixed_precision, device), []
     with tempfile.TemporaryDirectory() as folder:
@@ -121,7 +112,7 @@ def step_costs(s: TrainBenchmarkSettings, device: torch.device) -> list[dict[str
         for step, (patch, *_) in enumerate(task.plan.levels):  # coarse to fine, as training goes
             before = matmul_rate(device, dtype)
             reset_peak_memory(device)
-            first, _ = harness.timed(lambda step=step: whole(step), device)
+            first, _ = harness.timed(partial(whole, step), device)
             calls = (partial(whole, step), partial(gradients, step), data)
             times = [[harness.timed(call, device)[0] for call in calls] for _ in range(s.steps)]
             seconds, forward_backward, wait = map(statistics.median, zip(*times, strict=True))
@@ -136,18 +127,18 @@ def step_costs(s: TrainBenchmarkSettings, device: torch.device) -> list[dict[str
         row["of p1"] = row["s/step"] / rows[0]["s/step"]
         row["fwd+bwd of p1"] = row["fwd+bwd"] / rows[0]["fwd+bwd"]
         row["positions"] = (rows[0]["patch"] / row["patch"]) ** 2
-    return rows
-
-
-def report_steps(rows: list[dict[str, Any]]) -> None:
-    """A line a patch side; then what these step times make of the paper's schedules, beside next-token training."""
     print(f"'of p1': relative to patches of side {rows[0]['patch']}")
     harness.table(rows, {
         "patch": "d", "s/step": ".3f", "of p1": ".3f", "fwd+bwd": ".3f", "fwd+bwd of p1": ".3f", "positions": ".4f",
         "images/s": ".1f", "positions/s": ".0f", "MFU": ".1%", "data wait": ".1%", "GB": ".1f", "first call": ".1f",
         "matmul GFLOP/s": ".0f",
     })  # fmt: skip
-    seconds = {row["patch"]: row["s/step"] for row in rows}
+    print_schedules({row["patch"]: row["s/step"] for row in rows})
+    return rows
+
+
+def print_schedules(seconds: dict[int, float]) -> None:
+    """What steps of these times, by patch side, make of the paper's schedules, beside next-token training."""
     for level in (2, 3, 4):
         rows = patch_levels(300, level, RATE)
         if all(row.patch in seconds for row in rows):
@@ -155,7 +146,7 @@ def report_steps(rows: list[dict[str, Any]]) -> None:
             print(f"{level} levels at rate {RATE}: {time:.3f} of the time, {relative_cost(rows):.3f} of the positions")
 
 
-def run_costs(s: TrainBenchmarkSettings, device: torch.device) -> list[dict[str, Any]]:
+def measure_runs(s: TrainBenchmarkSettings) -> list[dict[str, Any]]:
     """A row a run: wall-clock seconds of the command in a process of its own, and of its steps alone."""
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -168,8 +159,7 @@ def run_costs(s: TrainBenchmarkSettings, device: torch.device) -> list[dict[str,
                 "--gpt-model", s.gpt_model, "--global-batch-size", s.batch_size, "--epochs", s.epochs, "--patch-level", level,
                 "--epoch-rate", RATE, "--scheduler", "--log-every", 1, "--mixed-precision", s.mixed_precision,
             ]  # fmt: skip
-            command = partial(harness.in_a_process, train_c2i.main, [str(part) for part in arguments], quiet=True)
-            seconds, _ = harness.timed(command, device)
+            seconds, _ = harness.timed(partial(harness.in_a_process, train_c2i.main, list(map(str, arguments))))
             speeds = [row["images_per_s"] for row in read_metrics(results / f"000-{s.gpt_model}") if "loss" in row]
             steps = sum(s.batch_size / speed for speed in speeds)
             rows.append({"levels": level, "seconds": seconds, "steps alone": steps,
@@ -177,10 +167,14 @@ def run_costs(s: TrainBenchmarkSettings, device: torch.device) -> list[dict[str,
     for row in rows:
         row["of next-token"] = row["seconds"] / rows[0]["seconds"]
         row["steps of next-token"] = row["steps alone"] / rows[0]["steps alone"]
+    harness.table(rows, {
+        "levels": "d", "seconds": ".1f", "of next-token": ".3f", "steps alone": ".1f", "steps of next-token": ".3f",
+        "positions": ".3f",
+    })  # fmt: skip
     return rows
 
 
-def operation_costs(s: TrainBenchmarkSettings) -> list[dict[str, Any]]:
+def measure_operations(s: TrainBenchmarkSettings) -> list[dict[str, Any]]:
     """A row an operation and shape: milliseconds of ours and of PyTorch's own, medians of calls in turn.
 
     Products are forward passes and gradients one by one, in float32; the others are forward and backward passes.
@@ -215,31 +209,7 @@ def operation_costs(s: TrainBenchmarkSettings) -> list[dict[str, Any]]:
     with autocast(CPU, torch.bfloat16):
         norms = [both_passes(norm(32, 64), x) for norm in (kernels.GroupNorm, nn.GroupNorm)]
         compare("group norm, bf16", "64x64x16x16", *norms)
-    return rows
-
-
-def memory_costs(s: TrainBenchmarkSettings) -> list[dict[str, Any]]:
-    """A row a way to train: GB resident at the peak of the first of two processes, with an average of the weights, on CPUs."""
-    with tempfile.TemporaryDirectory() as name:
-        folder, peaks = Path(name), {}
-        write_codes(s, folder / "codes", 3 * s.batch_size, 256)
-        for way, model in itertools.product(("ddp", "fsdp"), ("GPT-XXS", s.gpt_model)):
-            arguments = [
-                "--code-path", folder / "codes", "--dataset", "toy", "--image-size", 256, "--results-dir", folder / way,
-                "--gpt-model", model, "--global-batch-size", s.batch_size, "--patch-sizes", 1, "--patch-steps", 3, "--ema",
-                "--log-every", 1, "--mixed-precision", "fp32", "--data-parallel", way, "--fresh",
-            ]  # fmt: skip
-            environment = {**os.environ, "NPROC_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": ""}
-            command = [sys.executable, "utils/launch.py", "autoregressive/train/train_c2i.py", *map(str, arguments)]
-            subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-            run = numbered_folders(folder / way, model)[0]
-            peaks[way, model] = max(row["memory_gb"] for row in read_metrics(run) if "memory_gb" in row)
-    config = preset(s.gpt_model, vocab_size=s.vocab_size, num_classes=3, block_size=s.image_tokens, **DROPOUT)
-    rows = []
-    for way in ("ddp", "fsdp"):
-        counted = memory(config, s.batch_size // 2, data_parallel=way, gpus=2, ema=True, dtype=torch.float32)
-        more = peaks[way, s.gpt_model] - peaks[way, "GPT-XXS"]
-        rows.append({"way": way, "GB": peaks[way, s.gpt_model], "more": more, "counted": counted.total / 1e9})
+    harness.table(rows, {"operation": "s", "shape": "s", "ms": ".2f", "PyTorch's": ".2f", "gain": ".2f"})
     return rows
 
 
@@ -250,25 +220,14 @@ def main(arguments: list[str] | None = None) -> None:
         raise cli.InputError(f"--patch-sizes {wrong[0]} does not divide the grid of {side}x{side} codes")
     device = best_device()
     keep_freed_memory()
-    machine, results = harness.start(device), {}
+    machine = harness.start(device)
     print(f"{s.gpt_model}, batch {s.batch_size}, {s.image_tokens} codes, {precision_dtype(s.mixed_precision, device)}")
-    if "steps" in s.measure:
-        results["steps"] = step_costs(s, device)
-        report_steps(results["steps"])
-    if "runs" in s.measure:
-        results["runs"] = run_costs(s, device)
-        harness.table(results["runs"], {
-            "levels": "d", "seconds": ".1f", "of next-token": ".3f", "steps alone": ".1f", "steps of next-token": ".3f",
-            "positions": ".3f",
-        })  # fmt: skip
-    if "operations" in s.measure:
-        results["operations"] = operation_costs(s)
-        harness.table(results["operations"], {
-            "operation": "s", "shape": "s", "ms": ".2f", "PyTorch's": ".2f", "gain": ".2f",
-        })  # fmt: skip
-    if "memory" in s.measure:
-        results["memory"] = memory_costs(s)
-        harness.table(results["memory"], {"way": "s", "GB": ".2f", "more": ".2f", "counted": ".2f"})
+    measurements = {
+        "steps": lambda: measure_steps(s, device),
+        "runs": lambda: measure_runs(s),
+        "operations": lambda: measure_operations(s),
+    }
+    results = {name: measure() for name, measure in measurements.items() if name in s.measure}
     harness.finish("train", machine, s, **results)
 
 
