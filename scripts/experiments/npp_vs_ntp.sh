@@ -7,10 +7,7 @@
 #   EXPERIMENT_SMOKE=1              all arms on a slice of the data, in about two minutes
 #   RUN=FOLDER                      where to put everything (default runs/npp_vs_ntp)
 set -euo pipefail
-source "$(dirname "$0")/../env.sh"
-RUN="$(realpath -m "${RUN:-$ROOT/runs/npp_vs_ntp${EXPERIMENT_SMOKE:+-smoke}}")"
-cd "$ROOT"
-source "$ROOT/scripts/stages.sh"
+source "$(dirname "$0")/stages.sh"
 
 ARMS="${ARMS:-ntp npp2 npp3 npp2-67 ntp-compute ntp-constant ntp-half}"
 EPOCHS="${EPOCHS:-2}" SCALES="${SCALES:-1.25 1.5 2.0}"

@@ -4,20 +4,19 @@ python -m scripts.experiments.npp_vs_ntp_report runs/npp_vs_ntp
 python -m scripts.experiments.npp_vs_ntp_report runs/npp_vs_ntp docs/npp_vs_ntp.md assets/npp_vs_ntp_  # elsewhere
 """
 
+import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from scipy import stats
 
-from autoregressive.models.gpt import GPTConfig, preset
-from autoregressive.train.schedule import Level, free_levels, in_steps, relative_cost
+from autoregressive.models.gpt import preset
+from autoregressive.train.schedule import free_levels, in_steps, relative_cost
 from dataset.codes import Codes
 from scripts.benchmark.harness import card
 from utils import cli, draw, records
@@ -50,143 +49,93 @@ FIGURES = {
 }  # fmt: skip
 SHOWN = 20  # samples of an arm in the picture
 OWN = ("patch_sizes", "patch_epochs", "scheduler", "global_seed", "results_dir")  # may differ between trainings
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, those of the normal distribution
-QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
-@dataclass
 class Trained:
-    """One arm's training with one seed, measured."""
+    """One arm's training with one seed, measured.
 
-    arm: str
-    seed: int
-    folder: Path  # of the experiment's arm: the run and its samples
+    losses, speeds: on validation images, and images a second, by step. figures: by guidance scale.
+    """
 
-    @cached_property
-    def args(self) -> dict[str, Any]:
-        return records.read_json(self.run / "run.json")["args"]
+    def __init__(self, folder: Path) -> None:
+        run, self.samples = folder / "000-GPT-XXS", folder / "samples"
+        self.args = records.read_json(run / "run.json")["args"]
+        rows = read_metrics(run)
+        self.losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+        self.speeds = {row["step"]: row["images_per_s"] for row in rows if "images_per_s" in row}
+        self.figures: dict[float, dict[str, float]] = {}
+        for path in self.samples.glob("*.metrics.json"):
+            scale = records.read_json(path.with_name(path.name.replace(".metrics.json", ".json")))["cfg_scale"]
+            self.figures[float(scale)] = records.read_json(path)["metrics"]
 
     @property
-    def run(self) -> Path:
-        return self.folder / "000-GPT-XXS"
+    def last_loss(self) -> float:
+        return self.losses[max(self.losses)]
 
-    @cached_property
-    def rows(self) -> list[dict[str, Any]]:
-        return read_metrics(self.run)
-
-    @cached_property
-    def figures(self) -> dict[float, dict[str, float]]:
-        """By guidance scale."""
-        found = {}
-        for path in (self.folder / "samples").glob("*.metrics.json"):
-            scale = records.read_json(path.with_name(path.name.replace(".metrics.json", ".json")))["cfg_scale"]
-            found[float(scale)] = records.read_json(path)["metrics"]
-        return dict(sorted(found.items()))
-
-    def levels(self, steps_per_epoch: int) -> list[Level]:
-        return in_steps(free_levels(self.args["patch_sizes"], self.args["patch_epochs"]), steps_per_epoch)
-
-    def cost(self, step: int, levels: Sequence[Level], config: GPTConfig) -> float:
-        """FLOPs of the first steps."""
-        done = ((min(step, level.stop) - min(step, level.start), level.patch) for level in levels)
-        return sum(steps * self.args["global_batch_size"] * config.training_flops(patch) for steps, patch in done)
-
-    def seconds(self, step: int) -> float:
+    def seconds(self, step: float = math.inf) -> float:
         """Seconds of the first steps, by the logged speeds: without start, validation and checkpoints."""
         total, before = 0.0, 0
-        for row in self.rows:
-            if "images_per_s" in row and row["step"] <= step:
-                total += (row["step"] - before) * self.args["global_batch_size"] / row["images_per_s"]
-                before = row["step"]
+        for after, speed in self.speeds.items():
+            if after <= step:
+                total += (after - before) * self.args["global_batch_size"] / speed
+                before = after
         return total
 
-    @property
-    def val_losses(self) -> dict[int, float]:
-        return {row["step"]: row["val_loss"] for row in self.rows if "val_loss" in row}
 
-
-def spread(values: Iterable[float], form: str = ".3f") -> str:
-    """Mean and standard deviation over seeds."""
-    values = list(values)
-    deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{form}}{deviation}"
-
-
-@dataclass
 class Experiment:
-    """Everything that was measured. trained: by arm, then by seed."""
+    """The arms whose evaluation is done. Raises InputError if the control is not among them, or settings differ.
 
-    folder: Path
-    trained: dict[str, dict[int, Trained]]
-    codes: Codes
+    trained: by arm, then by seed. levels: of each arm, in steps. scale: that of the guidance scales of all whose mean FID
+    over arms and seeds is least.
+    """
 
-    @classmethod
-    def read(cls, folder: Path) -> "Experiment":
-        """The arms whose evaluation is done. Raises InputError if the control is not among them."""
-        trained: dict[str, dict[int, Trained]] = {}
-        for arm in ARMS:
-            for mark in sorted((folder / "done").glob(f"{arm}-[0-9]*-evaluate")):
-                name = mark.name.removesuffix("-evaluate")
-                if name.removeprefix(f"{arm}-").isdecimal():
-                    seed = int(name.removeprefix(f"{arm}-"))
-                    trained.setdefault(arm, {})[seed] = Trained(arm, seed, folder / "arms" / name)
-        if CONTROL not in trained:
+    def __init__(self, folder: Path) -> None:
+        found: dict[str, dict[int, Trained]] = {arm: {} for arm in ARMS}
+        for mark in sorted((folder / "done").glob("*-evaluate")):
+            arm, _, seed = mark.name.removesuffix("-evaluate").rpartition("-")
+            if arm in ARMS:
+                found[arm][int(seed)] = Trained(folder / "arms" / f"{arm}-{seed}")
+        if not found[CONTROL]:
             raise cli.InputError(
                 f"{folder} holds no measured arm {CONTROL}: run scripts/experiments/npp_vs_ntp.sh with this RUN first"
             )
-        runs = [run for seeds in trained.values() for run in seeds.values()]
-        args = next(iter(trained[CONTROL].values())).args
+        self.folder, self.trained = folder, {arm: seeds for arm, seeds in found.items() if seeds}
+        runs = [run for seeds in self.trained.values() for run in seeds.values()]
+        self.args = args = next(iter(found[CONTROL].values())).args
         for run in runs:
             if changed := differences(args, run.args, OWN):
                 raise cli.InputError(
-                    f"{run.folder} differs from the control by {', '.join(changed[:4])}: give another RUN"
+                    f"{run.samples.parent} differs from the control by {', '.join(changed[:4])}: give another RUN"
                 )
-        return cls(folder, trained, Codes(folder / "codes" / "train", args["dataset"], args["image_size"]))
-
-    @property
-    def one(self) -> Trained:
-        return next(iter(self.trained[CONTROL].values()))
-
-    @cached_property
-    def steps_per_epoch(self) -> int:
-        return len(self.codes) // self.one.args["global_batch_size"]
-
-    @cached_property
-    def config(self) -> GPTConfig:
-        vocabulary = self.codes.manifest.codebook_size
-        return preset(self.one.args["gpt_model"], vocab_size=vocabulary, num_classes=10, block_size=self.codes.tokens)
-
-    @cached_property
-    def scale(self) -> float:
-        """The guidance scale of the sweep whose mean FID over all arms and seeds is least."""
-        everyone = [run for seeds in self.trained.values() for run in seeds.values()]
-        scales = set.intersection(*(set(run.figures) for run in everyone))
-        return min(scales, key=lambda scale: statistics.mean(run.figures[scale]["fid"] for run in everyone))
-
-    def levels(self, arm: str) -> list[Level]:
-        return next(iter(self.trained[arm].values())).levels(self.steps_per_epoch)
-
-    def flops(self, arm: str, step: int | None = None) -> float:
-        run = next(iter(self.trained[arm].values()))
-        levels = self.levels(arm)
-        return run.cost(levels[-1].stop if step is None else step, levels, self.config)
+        self.codes = Codes(folder / "codes" / "train", args["dataset"], args["image_size"])
+        self.steps_per_epoch = len(self.codes) // args["global_batch_size"]
+        m = self.codes.manifest
+        self.config = preset(args["gpt_model"], vocab_size=m.codebook_size, num_classes=10, block_size=m.tokens)
+        self.levels = {}
+        for arm, seeds in self.trained.items():
+            own = next(iter(seeds.values())).args
+            self.levels[arm] = in_steps(free_levels(own["patch_sizes"], own["patch_epochs"]), self.steps_per_epoch)
+        self.scales = sorted(set.intersection(*(set(run.figures) for run in runs)))
+        self.scale = min(self.scales, key=lambda scale: statistics.mean(run.figures[scale]["fid"] for run in runs))
 
     def of(self, arm: str, figure: Callable[[Trained], float]) -> list[float]:
+        """A figure of each seed."""
         return [figure(run) for run in self.trained[arm].values()]
 
-    def seconds(self, arm: str) -> list[float]:
-        return self.of(arm, lambda run: run.seconds(self.levels(arm)[-1].stop))
+    def flops(self, arm: str, step: float = math.inf) -> float:
+        """FLOPs of the first steps."""
+        done = [(level.patch, max(0, min(step, level.stop) - level.start)) for level in self.levels[arm]]
+        return sum(steps * self.args["global_batch_size"] * self.config.training_flops(patch) for patch, steps in done)
 
-    def last_loss(self, arm: str) -> list[float]:
-        return self.of(arm, lambda run: list(run.val_losses.values())[-1])
+    def share_of_time(self, arm: str) -> float:
+        """Of the control's."""
+        return statistics.mean(self.of(arm, Trained.seconds)) / statistics.mean(self.of(CONTROL, Trained.seconds))
 
-    def figure(self, arm: str, name: str) -> list[float]:
-        return self.of(arm, lambda run: run.figures[self.scale].get(name, float("nan")))
 
-    def differences(self, arm: str, other: str, figure: Callable[[Trained], float]) -> list[float]:
-        """Of an arm to another one, seed by seed."""
-        both = self.trained[arm].keys() & self.trained[other].keys()
-        return [figure(self.trained[arm][seed]) - figure(self.trained[other][seed]) for seed in sorted(both)]
+def spread(values: Sequence[float], form: str = ".3f") -> str:
+    """Mean and standard deviation over seeds."""
+    deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{deviation}"
 
 
 def verdict(changes: Sequence[float], unit: str) -> str:
@@ -194,112 +143,104 @@ def verdict(changes: Sequence[float], unit: str) -> str:
     if len(changes) < 2:
         return f"{changes[0]:+.3f}{unit}, of one seed, which says nothing about chance"
     mean, deviation, n = statistics.mean(changes), statistics.stdev(changes), len(changes)
-    quantile = QUANTILES[n - 2] if n - 2 < len(QUANTILES) else 1.96
-    said = "more than chance" if abs(mean) > quantile * deviation / n**0.5 else "may be chance"
+    said = "more than chance" if abs(mean) > stats.t.ppf(0.975, n - 1) * deviation / n**0.5 else "may be chance"
     return f"{mean:+.3f} ± {deviation:.3f}{unit} ({said})"
 
 
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """In Markdown."""
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return [lines[0], f"|{'---|' * len(head)}", *lines[1:]]
+
+
 def arms_table(e: Experiment) -> list[str]:
-    head = [
-        "arm",
-        "seeds",
-        "levels",
-        "FLOPs",
-        "of the control",
-        "seconds",
-        "of the control",
-        "validation loss",
-        *FIGURES.values(),
-    ]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for arm in e.trained:
-        levels = e.levels(arm)
+    head = ["arm", "seeds", "levels", "FLOPs", "of the control", "seconds", "of the control", "validation loss"]
+    rows = []
+    for arm, levels in e.levels.items():
         spans = ", ".join(f"{s.patch}x{s.patch} {(s.stop - s.start) / e.steps_per_epoch:.3g}" for s in levels)
-        seconds = statistics.mean(e.seconds(arm)) / statistics.mean(e.seconds(CONTROL))
-        cells = [
+        figures = [e.of(arm, lambda run, at=name: run.figures[e.scale].get(at, math.nan)) for name in FIGURES]
+        rows.append([
             arm, str(len(e.trained[arm])), spans, f"{e.flops(arm):.3g}", f"{e.flops(arm) / e.flops(CONTROL):.3f}",
-            spread(e.seconds(arm), ".1f"),
-            f"{seconds:.3f}", spread(e.last_loss(arm), ".4f"),
-            *(spread(e.figure(arm, name)) for name in FIGURES),
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+            spread(e.of(arm, Trained.seconds), ".1f"), f"{e.share_of_time(arm):.3f}",
+            spread(e.of(arm, lambda run: run.last_loss), ".4f"), *map(spread, figures),
+        ])  # fmt: skip
+    return table([*head, *FIGURES.values()], rows)
 
 
 def sweep_table(e: Experiment) -> list[str]:
-    scales = sorted(set.intersection(*(set(run.figures) for seeds in e.trained.values() for run in seeds.values())))
-    lines = [f"| arm | {' | '.join(f'{scale:g}' for scale in scales)} |", f"|{'---|' * (len(scales) + 1)}"]
+    rows = []
     for arm in e.trained:
-        cells = [spread(e.of(arm, lambda run, at=scale: run.figures[at]["fid"])) for scale in scales]
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return lines
+        fids = [e.of(arm, lambda run, at=scale: run.figures[at]["fid"]) for scale in e.scales]
+        rows.append([arm, *map(spread, fids)])
+    return table(["arm", *(f"{scale:g}" for scale in e.scales)], rows)
 
 
 def sentences(e: Experiment) -> list[str]:
-    """What holds and what does not: the differences between arms."""
-    measures = {
-        "validation loss": (lambda run: list(run.val_losses.values())[-1], " nats a code"),
-        "FID": (lambda run: run.figures[e.scale]["fid"], ""),
-    }
+    """What holds and what does not: the differences between arms, seed by seed."""
+    measures = (
+        ("validation loss", lambda run: run.last_loss, " nats a code"),
+        ("FID", lambda run: run.figures[e.scale]["fid"], ""),
+    )
     lines = []
-    for arm in e.trained:
+    for arm, mine in e.trained.items():
         for other, name in OTHERS.items():
-            if arm == other or other not in e.trained or (other != CONTROL and not arm.startswith("npp")):
-                continue
-            if not e.trained[arm].keys() & e.trained[other].keys():
+            theirs = e.trained.get(other, {})
+            seeds = sorted(mine.keys() & theirs.keys())
+            if arm == other or not seeds or (other != CONTROL and not arm.startswith("npp")):
                 continue
             parts = [
-                f"{what} {verdict(e.differences(arm, other, figure), unit)}"
-                for what, (figure, unit) in measures.items()
+                f"{what} {verdict([figure(mine[seed]) - figure(theirs[seed]) for seed in seeds], unit)}"
+                for what, figure, unit in measures
             ]
             lines.append(f"- **{arm}** beside {name}: {'; '.join(parts)}.")
     return lines
 
 
+def draw_losses(e: Experiment, name: str, path: str) -> None:
+    """Validation losses over FLOPs or over seconds."""
+    series, rings = {}, []
+    for arm, seeds in e.trained.items():
+        runs = list(seeds.values())
+        steps = [step for step in runs[0].losses if all(step in run.losses for run in runs)]
+        losses = [statistics.mean(run.losses[step] for run in runs) for step in steps]
+        if name == "FLOPs":
+            xs = [e.flops(arm, step) for step in steps]
+        else:
+            xs = [statistics.mean(run.seconds(step) for run in runs) for step in steps]
+        series[arm] = xs, losses
+        ends = {level.stop for level in e.levels[arm][:-1]}
+        rings += [(x, loss) for step, x, loss in zip(steps, xs, losses, strict=True) if step in ends]
+    most = max(losses[-1] for _, losses in series.values()) + 0.5
+    draw.curves(
+        path, series, x_label=f"{name} of training", y_label="validation loss (nats a code)",
+        title="On single codes, mean of the seeds; rings, at their places or above, are ends of levels",
+        rings=([x for x, _ in rings], [min(loss, 0.99 * most) for _, loss in rings]), y_most=most,
+    )  # fmt: skip
+
+
 def draw_all(e: Experiment, pictures: str) -> None:
     """Losses over FLOPs and over seconds, FID over FLOPs, samples side by side. pictures: what their paths begin with."""
     for name in ("FLOPs", "seconds"):
-        series, rings = {}, ([], [])
-        for arm, seeds in e.trained.items():
-            runs = list(seeds.values())
-            steps = [step for step in runs[0].val_losses if all(step in run.val_losses for run in runs)]
-            losses = [statistics.mean(run.val_losses[step] for run in runs) for step in steps]
-            seconds = [statistics.mean(run.seconds(step) for run in runs) for step in steps]
-            xs = [e.flops(arm, step) for step in steps] if name == "FLOPs" else seconds
-            series[arm] = (xs, losses)
-            for step in {level.stop for level in e.levels(arm)[:-1]} & set(steps):
-                rings[0].append(xs[steps.index(step)])
-                rings[1].append(losses[steps.index(step)])
-        most = max(losses[-1] for _, losses in series.values()) + 0.5
-        rings = (rings[0], [min(loss, 0.99 * most) for loss in rings[1]])
-        draw.curves(
-            f"{pictures}loss_{name.lower()}.png",
-            series,
-            x_label=f"{name} of training",
-            y_label="validation loss (nats a code)",
-            title="On single codes, mean of the seeds; rings, at their places or above, are ends of levels",
-            rings=rings,
-            y_most=most,
-        )
-    points = {arm: ([e.flops(arm)] * len(runs), e.figure(arm, "fid")) for arm, runs in e.trained.items()}
+        draw_losses(e, name, f"{pictures}loss_{name.lower()}.png")
+    fids = {arm: e.of(arm, lambda run: run.figures[e.scale]["fid"]) for arm in e.trained}
+    points = {arm: ([e.flops(arm)] * len(ys), ys) for arm, ys in fids.items()}
     draw.curves(
         f"{pictures}fid_flops.png", points, x_label="FLOPs of training", y_label=FIGURES["fid"],
         title=f"Quality at guidance {e.scale:g}: a point a seed",
     )  # fmt: skip
     drawn = []
     for runs in e.trained.values():
-        folder = runs[min(runs)].folder / "samples"
-        path = next(path for path in folder.glob("*.npz") if f"cfg-{e.scale}-" in path.name)
+        path = next(runs[min(runs)].samples.glob(f"*cfg-{e.scale}-*.npz"))
         drawn.append(next(iter(Samples(path).batches(SHOWN)))[:SHOWN])
     draw.save_image(f"{pictures}samples.png", draw.image_grid(np.concatenate(drawn), SHOWN, list(e.trained), scale=2))
 
 
 def report(e: Experiment, pictures: str = "") -> str:
     """The text. pictures: what links to them begin with."""
-    machine, args = card(best_device()), e.one.args
+    machine, args = card(best_device()), e.args
     reconstructed = records.read_json(e.folder / "reconstructions.metrics.json")
     seeds = set.union(*(set(found) for found in e.trained.values()))
-    epochs = e.levels(CONTROL)[-1].stop / e.steps_per_epoch
+    epochs = e.levels[CONTROL][-1].stop / e.steps_per_epoch
     lines = [
         "# Next patches against next tokens", "",
         "The paper compares Next Patch Prediction, whose learning rate decays, with LlamaGen, whose learning rate is constant. "
@@ -321,10 +262,9 @@ def report(e: Experiment, pictures: str = "") -> str:
         "## What holds", "",
     ]  # fmt: skip
     if "npp2" in e.trained:
-        seconds = statistics.mean(e.seconds("npp2")) / statistics.mean(e.seconds(CONTROL))
         lines += [
-            f"npp2 has {relative_cost(e.levels('npp2')):.3f} of the positions of the control and "
-            f"{e.flops('npp2') / e.flops(CONTROL):.3f} of its FLOPs, and took {seconds:.3f} of its time.", "",
+            f"npp2 has {relative_cost(e.levels['npp2']):.3f} of the positions of the control and "
+            f"{e.flops('npp2') / e.flops(CONTROL):.3f} of its FLOPs, and took {e.share_of_time('npp2'):.3f} of its time.", "",
         ]  # fmt: skip
     lines += [
         "Differences are taken seed by seed, ± their standard deviation. One is more than chance if 0 is outside of its 95 % "
@@ -347,10 +287,9 @@ def main() -> None:
         )
     run = Path(sys.argv[1])
     page, pictures = (Path(sys.argv[2]), sys.argv[3]) if len(sys.argv) == 4 else (run / "report.md", f"{run}/")
-    experiment = Experiment.read(run)
+    experiment = Experiment(run)
     draw_all(experiment, pictures)
-    link = os.path.relpath(f"{pictures}_", page.parent).removesuffix("_")
-    text = report(experiment, link)
+    text = report(experiment, os.path.relpath(f"{pictures}_", page.parent).removesuffix("_"))
     with atomic_path(page) as temporary:
         temporary.write_text(text)
     print(text)

@@ -7,7 +7,7 @@ import pytest
 
 from autoregressive.models.gpt import preset
 from dataset.codes import toy
-from scripts.experiments.npp_vs_ntp_report import ARMS, Experiment, main, report, spread, verdict
+from scripts.experiments.npp_vs_ntp_report import ARMS, Experiment, Trained, main, report, spread, verdict
 from utils import samples
 from utils.cli import InputError
 
@@ -89,14 +89,14 @@ def write_arm(run, arm: str, seed: int) -> None:
 @pytest.fixture
 def measured(tmp_path):
     with pytest.raises(InputError, match="holds no measured arm ntp"):
-        Experiment.read(tmp_path)
+        Experiment(tmp_path)
     toy.write_codes(tmp_path / "codes" / "train", images=4 * STEPS, codebook=64, tokens=16)
     figures = {"metrics": {"fid": 1.0}, "samples": {"images": 24}, "reference": {"images": 100}}
     (tmp_path / "reconstructions.metrics.json").write_text(json.dumps(figures))
     for arm in LEVELS:
         for seed in (0, 1, 2):
             write_arm(tmp_path, arm, seed)
-    return Experiment.read(tmp_path)
+    return Experiment(tmp_path)
 
 
 def test_the_report(measured, monkeypatch):
@@ -108,10 +108,9 @@ def test_the_report(measured, monkeypatch):
     assert measured.flops("ntp") == pytest.approx(2 * fine)
     assert measured.flops("npp2") == pytest.approx(coarse + fine)
     assert measured.flops("npp2", 30) == pytest.approx(coarse + fine / 2)
-    assert measured.seconds("ntp") == pytest.approx([80.0] * 3) and measured.seconds("npp2") == pytest.approx(
-        [50.0] * 3
-    )
-    assert measured.last_loss("npp2") == pytest.approx([3.2, 3.3, 3.4])
+    seconds = [measured.of(arm, Trained.seconds) for arm in ("ntp", "npp2")]
+    assert seconds == [pytest.approx([80.0] * 3), pytest.approx([50.0] * 3)]
+    assert measured.of("npp2", lambda run: run.last_loss) == pytest.approx([3.2, 3.3, 3.4])
     monkeypatch.setattr("sys.argv", ["report", str(measured.folder)])
     main()
     text = (measured.folder / "report.md").read_text()
@@ -144,7 +143,7 @@ def test_trainings_of_other_settings_are_not_compared(measured):
     path = measured.folder / "arms" / "npp2-1" / "000-GPT-XXS" / "run.json"
     path.write_text(path.read_text().replace("float32", "bfloat16"))
     with pytest.raises(InputError, match="npp2-1 differs from the control by precision float32, now bfloat16"):
-        Experiment.read(measured.folder)
+        Experiment(measured.folder)
 
 
 def test_another_experiment_is_not_put_into_the_same_folder(experiment):

@@ -6,10 +6,7 @@
 #   EXPERIMENT_SMOKE=1  the same on a slice of the data, to see that it works
 #   RUN=FOLDER          where to put everything (default runs/tokenizers)
 set -euo pipefail
-source "$(dirname "$0")/../env.sh"
-RUN="$(realpath -m "${RUN:-$ROOT/runs/tokenizers${EXPERIMENT_SMOKE:+-smoke}}")"
-cd "$ROOT"
-source "$ROOT/scripts/stages.sh"
+source "$(dirname "$0")/stages.sh"
 
 SETS="${SETS:-fashion-2 fashion-4 emoji-4}"
 # `plain-longer` has twice the epochs: the others take up to twice the time of `plain`.

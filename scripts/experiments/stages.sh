@@ -1,5 +1,7 @@
-# Sourced by scripts that run stages in $RUN one after the other, and continue where they stopped.
-
+# Sourced by the experiments, which run stages in $RUN one after the other, and continue where they stopped.
+source "$(dirname "${BASH_SOURCE[0]}")/../env.sh"
+RUN="$(realpath -m "${RUN:-$ROOT/runs/$(basename "$0" .sh)${EXPERIMENT_SMOKE:+-smoke}}")"
+cd "$ROOT"
 mkdir -p "$RUN/done"
 
 # A request to end goes to the stage, which saves; then this script ends too. (Stages in the background ignore Ctrl-C.)
