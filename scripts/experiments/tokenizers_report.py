@@ -9,20 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from scripts.benchmark.harness import card
 from utils import cli, draw, records
+from utils.distributed import best_device
 from utils.files import atomic_path
 from utils.samples import Samples
 
 VARIANTS = ("plain", "plain-longer", "perceptual", "adversarial", "both")
 COLUMNS = 12  # images in a picture
-
-HEAD = (
-    "| tokenizer | seconds of training | PSNR | SSIM | codes in use | perplexity | FD (classifier) |\n"
-    "|---|---|---|---|---|---|---|"
-)
 
 
 def row(run: Path, name: str) -> str:
@@ -47,18 +42,21 @@ def compare(run: Path, data: str, variants: Sequence[str]) -> None:
 
 def report(run: Path) -> str:
     """The table of every tokenizer that was measured; draws a picture of each set."""
-    done = {path.name.removesuffix("-evaluate") for path in (run / "done").glob("*-evaluate")}
-    sets = sorted({name.removesuffix(f"-{variant}") for name in done for variant in VARIANTS} - done)
-    found = {data: [variant for variant in VARIANTS if f"{data}-{variant}" in done] for data in sets}
+    found: dict[str, list[str]] = {}
+    for variant in VARIANTS:
+        for mark in sorted((run / "done").glob(f"*-{variant}-evaluate")):
+            found.setdefault(mark.name.removesuffix(f"-{variant}-evaluate"), []).append(variant)
     if not found:
         raise cli.InputError(
             f"{run} holds no finished tokenizer: run scripts/experiments/tokenizers.sh with this RUN first"
         )
-    machine = card(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    machine = card(best_device())
     lines = [
         "# Tokenizers", "",
         f"{time.strftime('%Y-%m-%d')}, {machine['device']}, {machine['threads']} threads, torch {machine['torch']}.", "",
-        HEAD, *(row(run, f"{data}-{variant}") for data, variants in found.items() for variant in variants), "",
+        "| tokenizer | seconds of training | PSNR | SSIM | codes in use | perplexity | FD (classifier) |",
+        "|---|---|---|---|---|---|---|",
+        *(row(run, f"{data}-{variant}") for data, variants in found.items() for variant in variants), "",
         "FD compares the reconstructions of the test images with those images, in the features of a classifier that no "
         "tokenizer was trained with. The perceptual loss uses another one, with another seed.", "",
     ]  # fmt: skip

@@ -25,35 +25,30 @@ LEVELS = ("#94bbe0", "#6b97c9", "#4a74ab")  # coarse to fine
 EPOCHS, SIDE = 300, 16  # of the schedule: epochs, and codes along a side of an image
 
 # A landscape of 4x4 codes: sky with a sun, mountains, meadow, water.
-PICTURE = np.array(
-    [
-        [to_rgb(colour) for colour in row.split()]
-        for row in (
-            "#93b9df #a8c8e6 #f5cf7a #b9d4eb",
-            "#bcd6ea #8d9fb5 #e2b3a1 #a5b4c2",
-            "#8fb37c #6f9a69 #a5c08a #5f8a60",
-            "#4d7f98 #6396aa #3f6d86 #79aaba",
-        )
-    ]
-)
+COLOURS = """
+    #93b9df #a8c8e6 #f5cf7a #b9d4eb
+    #bcd6ea #8d9fb5 #e2b3a1 #a5b4c2
+    #8fb37c #6f9a69 #a5c08a #5f8a60
+    #4d7f98 #6396aa #3f6d86 #79aaba
+"""
+PICTURE = np.array([to_rgb(colour) for colour in COLOURS.split()]).reshape(4, 4, 3)
 PATCHES = [PICTURE[r : r + 2, c : c + 2].reshape(4, 3) for r in (0, 2) for c in (0, 2)]
 CODES = list(PICTURE.reshape(16, 1, 3))
 
 
 def text(axes: Axes, x: float, y: float, words: str, size: float = 9, color: str = INK, **options) -> None:
-    axes.text(
-        x, y, words, fontsize=size, color=color, **{"ha": "center", "va": "center", "linespacing": 1.25, **options}
-    )
+    options = {"ha": "center", "va": "center", "linespacing": 1.25, **options}
+    axes.text(x, y, words, fontsize=size, color=color, **options)
 
 
-def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], head: float = 6) -> None:
-    style = {"arrowstyle": "-|>", "color": SOFT, "linewidth": 0.8, "mutation_scale": head, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", end, start, arrowprops=style)
+def arrow(axes: Axes, x: float, bottom: float, top: float) -> None:
+    style = {"arrowstyle": "-|>", "color": SOFT, "linewidth": 0.8, "mutation_scale": 5, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", (x, top), (x, bottom), arrowprops=style)
 
 
-def cells(axes: Axes, x: float, y: float, colours: np.ndarray, size: float, gap: float = 0.015) -> None:
+def cells(axes: Axes, x: float, y: float, colours: np.ndarray, size: float) -> None:
     """A square of K codes around (x, y), in raster order; `size` is the side of the whole."""
-    side = round(len(colours) ** 0.5)
+    side, gap = round(len(colours) ** 0.5), 0.015
     cell = size / side
     for k, colour in enumerate(colours):
         row, column = divmod(k, side)
@@ -73,23 +68,19 @@ def distribution(axes: Axes, x: float, y: float, colours: np.ndarray, width: flo
     axes.plot([x - width / 2, x + width / 2], [y, y], color=SOFT, linewidth=0.7)
 
 
-def model(axes: Axes, left: float, right: float, y: float, height: float) -> None:
-    style = "round,pad=0,rounding_size=0.08"
-    box = FancyBboxPatch((left, y), right - left, height, boxstyle=style, facecolor=MODEL, edgecolor=EDGE, linewidth=1)
-    axes.add_patch(box)
-    text(axes, (left + right) / 2, y + height / 2, "GPT", 11, weight="bold", color=EDGE)
-
-
 def level(axes: Axes, patches: list[np.ndarray], left: float, pitch: float, token: float) -> None:
     """The sequence of one level: what goes in below the model, what comes out and is scored above it."""
     xs = [left + pitch * (i + 0.5) for i in range(len(patches))]
-    model(axes, left, left + pitch * len(patches), 3.34, 0.4)
+    width, style = pitch * len(patches), "round,pad=0,rounding_size=0.08"
+    axes.add_patch(
+        FancyBboxPatch((left, 3.34), width, 0.4, boxstyle=style, facecolor=MODEL, edgecolor=EDGE, linewidth=1)
+    )
+    text(axes, left + width / 2, 3.54, "GPT", 11, weight="bold", color=EDGE)
     for i, (x, scored) in enumerate(zip(xs, patches, strict=True)):
         inside = "none" if i == 0 else patches[i - 1].mean(axis=0)
-        corner = (x - token / 2, 2.8)
-        axes.add_patch(Rectangle(corner, token, 0.3, facecolor=inside, edgecolor=SOFT, linewidth=0.7))
-        arrow(axes, (x, 3.12), (x, 3.32), 5)
-        arrow(axes, (x, 3.76), (x, 3.93), 5)
+        axes.add_patch(Rectangle((x - token / 2, 2.8), token, 0.3, facecolor=inside, edgecolor=SOFT, linewidth=0.7))
+        arrow(axes, x, 3.12, 3.32)
+        arrow(axes, x, 3.76, 3.93)
         distribution(axes, x, 3.97, scored, 0.8 * pitch, 0.36)
         cells(axes, x, 4.62, scored, min(0.36, 0.82 * pitch))
 
@@ -104,7 +95,7 @@ def coarse(axes: Axes) -> None:
         text(axes, x, 2.945, word, 8.5)
     for x, patch in zip(xs[1:], PATCHES, strict=False):
         cells(axes, x, 2.36, patch, 0.36)
-        arrow(axes, (x, 2.57), (x, 2.77), 5)
+        arrow(axes, x, 2.57, 2.77)
     text(axes, 2.1, 4.62, "scored against the\n4 codes of the next patch", 8.5, SOFT, ha="right")
     text(axes, 2.1, 4.12, "one distribution", 8.5, SOFT, ha="right")
     text(axes, xs[0] + 0.12, 2.36, "mean of 4\nembeddings", 8.5, SOFT)
@@ -155,17 +146,6 @@ def schedule(axes: Axes, levels: list[Level]) -> None:
     text(axes, 8.55, bottom + 0.2, "of the cost of\nnext-token training", 9, SOFT)
 
 
-def draw() -> Figure:
-    figure = Figure(figsize=(WIDTH, HEIGHT), facecolor="white")
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))
-    axes.axis("off")
-    coarse(axes)
-    fine(axes)
-    schedule(axes, patch_levels(EPOCHS, 3, 0.5))
-    return figure
-
-
 class MethodSettings(Settings):
     """The settings of this drawing; see --help."""
 
@@ -174,8 +154,15 @@ class MethodSettings(Settings):
 
 def main() -> None:
     out = check_output(MethodSettings.from_command_line(__doc__).out, SUFFIXES)
+    figure = Figure(figsize=(WIDTH, HEIGHT), facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))
+    axes.axis("off")
+    coarse(axes)
+    fine(axes)
+    schedule(axes, patch_levels(EPOCHS, 3, 0.5))
     with atomic_path(out) as temporary:
-        draw().savefig(temporary, dpi=DPI, metadata={"Software": None})
+        figure.savefig(temporary, dpi=DPI, metadata={"Software": None})
     print(f"wrote {out}")
 
 
