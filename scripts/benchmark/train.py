@@ -5,14 +5,13 @@
     python -m scripts.benchmark.train --measure runs --gpt-model GPT-B --batch-size 8
     python -m scripts.benchmark.train --measure operations --gpt-model GPT-B --batch-size 4
 
-steps: what the trainer does in a step, on random codes: gather them from packed shards, forward, backward, clipping,
-AdamW. MFU counts 6 FLOPs for each matrix weight and position, and causal attention, against the matmul rate measured in
-the same run. runs: the whole training command, with its start, checkpoints and curves. These cost the same at every level,
-so short runs show less of the saving than long ones. operations: those of utils/kernels.py beside PyTorch's own, on a CPU,
+Both run the training command on random codes. steps: medians of what it logs of its steps, from gathering codes to AdamW.
+MFU counts 6 FLOPs for each matrix weight and position, and causal attention, against the matmul rate measured in the same
+run. runs: the whole command, with its start, checkpoints and curves. These cost the same at every level, so short runs
+show less of the saving than long ones. operations: those of utils/kernels.py beside PyTorch's own, on a CPU,
 at the shapes of a step; the group norm is that of the small tokenizer.
 """
 
-import itertools
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -24,23 +23,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoregressive.models.gpt import PRESETS, Transformer, preset
+from autoregressive.models.gpt import PRESETS, preset
 from autoregressive.models.patches import grid_side
 from autoregressive.train import train_c2i
-from autoregressive.train.gpt_task import Data, GPTTask
-from autoregressive.train.schedule import Level, Plan, patch_levels, relative_cost
-from dataset.codes import Codes, toy
+from autoregressive.train.schedule import patch_levels, relative_cost
+from dataset.codes import toy
 from scripts.benchmark import harness
 from scripts.benchmark.harness import CPU
 from utils import cli, kernels
-from utils.distributed import World, autocast, best_device, precision_dtype
+from utils.distributed import autocast, best_device, precision_dtype
 from utils.log import read_metrics
-from utils.machine import durations, keep_freed_memory, matmul_rate, peak_memory, reset_peak_memory
+from utils.machine import durations, keep_freed_memory
 from utils.settings import Fraction, PositiveInt, Settings, one_of, setting
-from utils.task import EngineSettings
-from utils.update import update
 
 RATE = 0.5  # of the schedules, as published
+WARMUP = 2  # steps that are left out
+LOGGED = {
+    "images_per_s": "images/s", "tokens_per_s": "positions/s", "mfu": "MFU", "data_wait": "data wait", "memory_gb": "GB",
+}  # fmt: skip
 
 
 class TrainBenchmarkSettings(Settings):
@@ -62,76 +62,51 @@ class TrainBenchmarkSettings(Settings):
     steps_per_epoch: PositiveInt = setting(12, "of a run")
 
 
-def write_codes(s: TrainBenchmarkSettings, folder: Path, images: int, size: int) -> None:
-    """Random codes of so many images, named toy{size}, in one packed shard."""
+def write_codes(s: TrainBenchmarkSettings, folder: str, steps: int) -> None:
+    """Random codes for so many steps an epoch."""
     toy.write_codes(
-        folder, images=images, views=10, tokens=s.image_tokens, codebook=s.vocab_size, shard_size=images, size=size
+        Path(folder),
+        images=s.batch_size * steps,
+        views=10,
+        tokens=s.image_tokens,
+        codebook=s.vocab_size,
+        shard_size=8192,
     )
 
 
-def make_task(s: TrainBenchmarkSettings, codes: Codes, device: torch.device) -> GPTTask:
-    """Training of a fresh GPT; level i of its plan is step i, on the i-th largest patches."""
-    config = preset(
-        s.gpt_model, vocab_size=s.vocab_size, block_size=s.image_tokens,
-        token_dropout_p=s.dropout_p, resid_dropout_p=s.dropout_p, ffn_dropout_p=s.dropout_p,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = Transformer(config).to(device).train()
-    levels = [Level(patch, i, i + 1) for i, patch in enumerate(sorted(set(s.patch_sizes), reverse=True))]
-    plan = Plan(levels, len(codes) // s.batch_size, lr=1e-4)
-    settings = EngineSettings(global_batch_size=s.batch_size)
-    return GPTTask(model, Data(codes), plan, settings, label_drop=0.1, recompute=s.activation_checkpointing)
+def train(s: TrainBenchmarkSettings, codes: str, *flags: object) -> tuple[float, list[dict[str, Any]]]:
+    """Train on these codes by the command, in a process of its own: its seconds, and what it logs of each step."""
+    with tempfile.TemporaryDirectory() as results:
+        arguments = [
+            "--code-path", codes, "--dataset", "toy", "--image-size", 32, "--results-dir", results, "--gpt-model", s.gpt_model,
+            "--global-batch-size", s.batch_size, "--mixed-precision", s.mixed_precision, "--log-every", 1, *flags,
+        ]  # fmt: skip
+        seconds, _ = harness.timed(lambda: harness.in_a_process(train_c2i.main, list(map(str, arguments))))
+        return seconds, [row for row in read_metrics(Path(results) / f"000-{s.gpt_model}") if "loss" in row]
 
 
-def measure_steps(s: TrainBenchmarkSettings, device: torch.device) -> list[dict[str, Any]]:
-    """A row a patch side, fine to coarse: medians of a whole step, of forward and backward alone, of the wait for data."""
-    dtype, rows = precision_dtype(s.mixed_precision, device), []
-    with tempfile.TemporaryDirectory() as folder:
-        write_codes(s, Path(folder), max(4096, 4 * s.batch_size), 32)
-        task = make_task(s, Codes(folder, "toy", 32), device)
-        world = World(0, 1, device)
-        batches = itertools.chain.from_iterable(task.batches(epoch, 0, world) for epoch in itertools.count())
-        objective = torch.compile(task.objective, dynamic=False) if s.compile else task.objective
-        amp = partial(autocast, device, dtype)
-
-        def data() -> list[Tensor]:
-            return [tensor.to(device) for tensor in next(batches)]
-
-        def gradients(step: int) -> None:
-            with amp():
-                loss = task.loss(objective, data(), step)["loss"]
-            loss.backward()
-            task.optimizer.zero_grad(set_to_none=True)
-
-        def whole(step: int) -> None:
-            update(
-                lambda batch: task.loss(objective, batch, step), objective, task.optimizer, [data()], lr=1e-4,
-                max_grad_norm=1.0, amp=amp,
-            )  # fmt: skip
-
-        for step, (patch, *_) in enumerate(task.plan.levels):  # coarse to fine, as training goes
-            before = matmul_rate(device, dtype)
-            reset_peak_memory(device)
-            first, _ = harness.timed(partial(whole, step), device)
-            calls = (partial(whole, step), partial(gradients, step), data)
-            times = [[harness.timed(call, device)[0] for call in calls] for _ in range(s.steps)]
-            seconds, forward_backward, wait = map(statistics.median, zip(*times, strict=True))
-            memory, rate = peak_memory(device), (before + matmul_rate(device, dtype)) / 2
-            rows.insert(0, {
-                "patch": patch, "s/step": seconds, "fwd+bwd": forward_backward, "images/s": s.batch_size / seconds,
-                "positions/s": s.batch_size * s.image_tokens / patch**2 / seconds,
-                "MFU": s.batch_size * task.flops(step) / seconds / rate, "data wait": wait / seconds,
-                "GB": memory / 1e9, "first call": first, "matmul GFLOP/s": rate / 1e9,
+def measure_steps(s: TrainBenchmarkSettings) -> list[dict[str, Any]]:
+    """A row a patch side, fine to coarse: medians of its steps."""
+    flags = ["--dropout-p", s.dropout_p, "--token-dropout-p", s.dropout_p]
+    flags += ["--activation-checkpointing"] if s.activation_checkpointing else []
+    flags += ["--compile" if s.compile else "--no-compile"]
+    rows = []
+    with tempfile.TemporaryDirectory() as codes:
+        write_codes(s, codes, WARMUP + s.steps)
+        for patch in sorted(set(s.patch_sizes)):
+            _, steps = train(s, codes, "--patch-sizes", patch, "--patch-steps", WARMUP + s.steps, *flags)
+            logged = {key: statistics.median(step[key] for step in steps[WARMUP:]) for key in LOGGED}
+            rows.append({
+                "patch": patch, "s/step": s.batch_size / logged["images_per_s"],
+                **{name: logged[key] for key, name in LOGGED.items()},
             })  # fmt: skip
     for row in rows:
         row["of p1"] = row["s/step"] / rows[0]["s/step"]
-        row["fwd+bwd of p1"] = row["fwd+bwd"] / rows[0]["fwd+bwd"]
         row["positions"] = (rows[0]["patch"] / row["patch"]) ** 2
     print(f"'of p1': relative to patches of side {rows[0]['patch']}")
     harness.table(rows, {
-        "patch": "d", "s/step": ".3f", "of p1": ".3f", "fwd+bwd": ".3f", "fwd+bwd of p1": ".3f", "positions": ".4f",
-        "images/s": ".1f", "positions/s": ".0f", "MFU": ".1%", "data wait": ".1%", "GB": ".1f", "first call": ".1f",
-        "matmul GFLOP/s": ".0f",
+        "patch": "d", "s/step": ".3f", "of p1": ".3f", "positions": ".4f", "images/s": ".1f", "positions/s": ".0f",
+        "MFU": ".1%", "data wait": ".1%", "GB": ".1f",
     })  # fmt: skip
     print_schedules({row["patch"]: row["s/step"] for row in rows})
     return rows
@@ -149,21 +124,16 @@ def print_schedules(seconds: dict[int, float]) -> None:
 def measure_runs(s: TrainBenchmarkSettings) -> list[dict[str, Any]]:
     """A row a run: wall-clock seconds of the command in a process of its own, and of its steps alone."""
     rows = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_codes(s, folder / "codes", s.batch_size * s.steps_per_epoch, 256)
+    with tempfile.TemporaryDirectory() as codes:
+        write_codes(s, codes, s.steps_per_epoch)
         for level in (1, *s.levels):
-            results = folder / f"level{level}"
-            arguments = [
-                "--code-path", folder / "codes", "--dataset", "toy", "--image-size", 256, "--results-dir", results,
-                "--gpt-model", s.gpt_model, "--global-batch-size", s.batch_size, "--epochs", s.epochs, "--patch-level", level,
-                "--epoch-rate", RATE, "--scheduler", "--log-every", 1, "--mixed-precision", s.mixed_precision,
-            ]  # fmt: skip
-            seconds, _ = harness.timed(partial(harness.in_a_process, train_c2i.main, list(map(str, arguments))))
-            speeds = [row["images_per_s"] for row in read_metrics(results / f"000-{s.gpt_model}") if "loss" in row]
-            steps = sum(s.batch_size / speed for speed in speeds)
-            rows.append({"levels": level, "seconds": seconds, "steps alone": steps,
-                         "positions": relative_cost(patch_levels(s.epochs, level, RATE))})  # fmt: skip
+            schedule = ("--epochs", s.epochs, "--patch-level", level, "--epoch-rate", RATE, "--scheduler")
+            seconds, steps = train(s, codes, *schedule)
+            rows.append({
+                "levels": level, "seconds": seconds,
+                "steps alone": sum(s.batch_size / step["images_per_s"] for step in steps),
+                "positions": relative_cost(patch_levels(s.epochs, level, RATE)),
+            })  # fmt: skip
     for row in rows:
         row["of next-token"] = row["seconds"] / rows[0]["seconds"]
         row["steps of next-token"] = row["steps alone"] / rows[0]["steps alone"]
@@ -223,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
     machine = harness.start(device)
     print(f"{s.gpt_model}, batch {s.batch_size}, {s.image_tokens} codes, {precision_dtype(s.mixed_precision, device)}")
     measurements = {
-        "steps": lambda: measure_steps(s, device),
+        "steps": lambda: measure_steps(s),
         "runs": lambda: measure_runs(s),
         "operations": lambda: measure_operations(s),
     }
