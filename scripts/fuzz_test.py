@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -14,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from autoregressive.models import gpt
 from autoregressive.models.gpt import GPT
 from dataset.codes.manifest import load_array, read_manifest
 from dataset.crops import Unreadable, decode
+from evaluations.c2i.classifier import Classifier, fused
 from evaluations.c2i.features import FeatureNetwork
 from tokenizer.tokenizer_image import vq_model
 from tokenizer.tokenizer_image.load import Tokenizer
@@ -34,19 +35,20 @@ ROOMS = ("autoregressive", "dataset", "evaluations", "pretrained_models", "scrip
 LONGEST_LINE = 2000  # characters of an error message
 
 
+@cache
 def subclasses(base: type) -> list[type]:
     """All subclasses of the base in the repository."""
     pattern = rf"class \w+\(\w*{base.__name__}\b"
     for path in sorted(file for room in ROOMS for file in (ROOT / room).rglob("*.py")):
         if not path.name.endswith("_test.py") and re.search(pattern, path.read_text()):
             importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    found, queue = [], [base]
+    found, queue = set(), [base]
     while queue:
-        for kind in queue.pop().__subclasses__():
-            queue.append(kind)
-            if kind.__module__.split(".")[0] in ROOMS and not kind.__module__.endswith("_test"):
-                found.append(kind)
-    return sorted(set(found), key=lambda kind: kind.__qualname__)
+        kinds = queue.pop().__subclasses__()
+        found.update(kinds)
+        queue += kinds
+    own = [kind for kind in found if kind.__module__.split(".")[0] in ROOMS and not kind.__module__.endswith("_test")]
+    return sorted(own, key=lambda kind: kind.__qualname__)
 
 
 HOSTILE = [
@@ -119,21 +121,9 @@ def test_every_flag_parses_or_is_refused_in_one_line(kind, parse):
 
 def test_the_stages_are_among_them():
     names = {kind.__name__ for kind in subclasses(Settings)}
-    assert (
-        "Settings" not in names
-        and {"DownloadSettings", "ExportSettings", "TrainSettings"} <= names
-        and len(names) >= 11
-    )
-
-
-class Network(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(3, 2)
-
-    def forward(self, images_BHWC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        features = images_BHWC.float().mean((1, 2))
-        return features, self.head(features)
+    assert {"DownloadSettings", "ExportSettings", "TrainSettings"} <= names
+    assert "Settings" not in names
+    assert len(names) >= 11
 
 
 @pytest.fixture(scope="module")
@@ -151,10 +141,9 @@ def good(tmp_path_factory) -> dict[str, bytes]:
     np.save(folder / "a.npy", rng.integers(9, size=(4, 2, 16), dtype=np.uint16))
     Image.fromarray(rng.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(folder / "a.png")
     Image.fromarray(rng.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(folder / "a.jpg")
-    save_network(folder / "a.pt2", Network(), 8, "colours")
-    (folder / "a.json").write_text(
-        '{"format": 3, "images": 6, "name": "toy", "finished": true, "settings": {"lr": 0.1}}'
-    )
+    save_network(folder / "a.pt2", fused(Classifier(2)), 8, "small")
+    record = '{"format": 3, "images": 6, "name": "toy", "finished": true, "settings": {"lr": 0.1}}'
+    (folder / "a.json").write_text(record)
     (folder / "a.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.25}\n')
     return {path.suffix if path.name != "gpt.pt" else ".gpt.pt": path.read_bytes() for path in folder.iterdir()}
 
