@@ -14,35 +14,37 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the modules of this clone, whatever else is installed
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from hashlib import sha256 as digest
+from itertools import chain
 
+import numpy as np
+import torch
+import torch.distributed as dist
 from pydantic import model_validator
+from torch import Tensor
 from typing_extensions import Self
 
-from autoregressive.train.extraction import (
-    Encoder,
-    chunks_of,
-    convolution_precision,
-    default_workers,
-    extract,
-    fitting_batch,
-    missing_shards,
-)
 from dataset.codes import LAYOUTS, SHARD_SIZE, Manifest, Place, Writer
-from dataset.crops import VIEWS
-from dataset.images import ImageFolder, ImageSettings, skipped_text
+from dataset.crops import VIEWS, cut_views
+from dataset.images import CropRequest, ImageFolder, ImageSettings, read_crops, skipped_text
 from dataset.listing import ImagesPath
 from pretrained_models.catalogue import WeightsFile
 from tokenizer.tokenizer_image.load import Tokenizer
-from tokenizer.tokenizer_image.vq_model import VQModel
+from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 from utils import cli
-from utils.distributed import World, best_device, join_world, precision_dtype
+from utils.distributed import World, autocast, best_device, cores, join_world, precision_dtype
 from utils.files import check_folder, file_lock, sha256
+from utils.log import progress
 from utils.machine import keep_freed_memory, use_compile
+from utils.pixels import to_float
 from utils.settings import Count, ImageSize, Positive, PositiveInt, one_of, setting
 
 CROP_RANGE = 1.1
+FULL_MAPS = 6  # the encoder's peak, in feature maps of its first convolution (5.4 measured on a CPU)
+MOST_VIEWS = 128  # encoded at once; more is no faster
+CPU_BYTES = 1 << 28  # feature maps of a CPU's batch; more is no faster
 
 
 class ExtractionSettings(ImageSettings):
@@ -113,13 +115,14 @@ class ExtractionSettings(ImageSettings):
         """What the crops are cut from, None where there is one crop."""
         return (self.crop_range or [CROP_RANGE]) if self.ten_crop else [None]
 
-    def code_path_of(self, manifest: Manifest) -> Path:
+    def place(self, manifest: Manifest) -> Place:
         """The published place for one crop range, a folder in it for each of several."""
         several = len(self.crop_ranges) > 1
-        return self.code_path / f"crop-{manifest.crop_range:g}" if several else self.code_path
+        root = self.code_path / f"crop-{manifest.crop_range:g}" if several else self.code_path
+        return Place(root, self.dataset, self.image_size)
 
 
-def manifests(s: ExtractionSettings, folder: ImageFolder, tokenizer: VQModel, vq_model: str) -> list[Manifest]:
+def manifests(s: ExtractionSettings, folder: ImageFolder, tokenizer: Tokenizer) -> list[Manifest]:
     """The manifests to complete, one for each crop range."""
     paths = "\n".join(folder.names).encode(errors="surrogateescape")
     mode = "ten-crop" if s.ten_crop else "single" if s.no_flip else "flip"
@@ -137,7 +140,7 @@ def manifests(s: ExtractionSettings, folder: ImageFolder, tokenizer: VQModel, vq
             part=s.part,
             view_mode=mode,
             crop_range=crop_range,
-            vq_model=vq_model,
+            vq_model=tokenizer.about["vq_model"],
             tokenizer_sha256=tokenizer_sha256,
             classes=folder.classes,
             precision=s.precision,
@@ -150,21 +153,46 @@ def manifests(s: ExtractionSettings, folder: ImageFolder, tokenizer: VQModel, vq
     ]
 
 
-def report(writer: Writer, manifest: Manifest, what: str) -> None:
-    """Which codes there are now, and which images have none."""
-    m, place = manifest, writer.place
-    print(f"{place.codes} {what}: {len(m.numbers)} images, {m.views} views of {m.tokens} codes")
-    if m.skipped:
-        print(f"{skipped_text(m.skipped, m.images)}. Their numbers stay free; {place.manifest} lists them")
+def convolution_precision(precision: str, device: torch.device) -> str:
+    """What convolutions compute in: `tf32` at precision fp32 on GPUs that have it, as the published codes were made."""
+    tf32 = (
+        device.type == "cuda" and torch.backends.cudnn.allow_tf32 and torch.cuda.get_device_capability(device)[0] >= 8
+    )
+    return "tf32" if precision == "fp32" and tf32 else precision
 
 
-def finish(writers: list[Writer], done: set[int]) -> None:
-    """Write the manifests of the writers that had something to do, and print what they hold."""
-    for i, writer in enumerate(writers):
-        manifest = writer.finish() if i in done else writer.before
-        report(writer, manifest, "is written" if i in done else "is complete already")
-    if len(writers) > 1:
-        print("train on both by --code-path", *(writer.place.root for writer in writers))
+class Encoder:
+    """uint8 crops -> codes, batch_size views at a time."""
+
+    def __init__(
+        self, tokenizer: VQModel, device: torch.device, *, batch_size: int, precision: torch.dtype, compiled: bool
+    ) -> None:
+        self.tokenizer = tokenizer.to(device, memory_format=torch.channels_last)
+        self.device, self.batch_size, self.precision, self.compiled = device, batch_size, precision, compiled
+        self.encode = torch.compile(tokenizer.encode, dynamic=False) if compiled else tokenizer.encode
+
+    @torch.inference_mode()
+    def codes(self, crops: list[Tensor], size: int, mode: str) -> Tensor:
+        """Crops (N, c, c, 3) uint8, one tensor a crop range -> codes (N, V, L) int32 on the device, in their order."""
+        views_NVHWC = torch.cat([cut_views(c.to(self.device, non_blocking=True), size, mode) for c in crops], 1)
+        n, v = views_NVHWC.shape[:2]
+        parts = [self._encode(part) for part in views_NVHWC.flatten(0, 1).split(self.batch_size)]
+        return torch.cat(parts).view(n, v, -1)
+
+    def _encode(self, views_BHWC: Tensor) -> Tensor:
+        b = len(views_BHWC)
+        if self.compiled and b < self.batch_size:  # one shape, so one compilation
+            views_BHWC = torch.cat((views_BHWC, views_BHWC[-1:].expand(self.batch_size - b, -1, -1, -1)))
+        images_BCHW = to_float(views_BHWC).contiguous(memory_format=torch.channels_last)
+        with autocast(self.device, self.precision):
+            return self.encode(images_BCHW)[:b].flatten(1).int()
+
+
+def fitting_batch(config: VQConfig, image_size: int, device: torch.device) -> int:
+    """Views to encode at once: a power of two, the same on all devices of a kind. On GPUs they take half of the memory."""
+    room = torch.cuda.get_device_properties(device).total_memory // 2 if device.type == "cuda" else CPU_BYTES
+    view = 4 * config.ch * (image_size // config.fold) ** 2 * FULL_MAPS
+    return 1 << (min(MOST_VIEWS, max(1, room // view)).bit_length() - 1)
 
 
 def encoder_of(s: ExtractionSettings, tokenizer: VQModel, world: World) -> Encoder:
@@ -174,24 +202,104 @@ def encoder_of(s: ExtractionSettings, tokenizer: VQModel, world: World) -> Encod
     return Encoder(tokenizer, world.device, batch_size=batch_size, precision=dtype, compiled=compiled)
 
 
+def missing_shards(writers: list[Writer], world: World) -> dict[int, list[Writer]]:
+    """The shards that are missing, in order, and the writers that lack each. Every process checks a part of them."""
+    shards = writers[0].manifest.own_shards
+    shards = shards[world.share(len(shards))]
+    lacking = {shard: [i for i, writer in enumerate(writers) if not writer.has(shard)] for shard in shards}
+    parts = [lacking]
+    if world.size > 1:
+        parts = [None] * world.size
+        dist.all_gather_object(parts, lacking)
+    return {shard: [writers[i] for i in lack] for part in parts for shard, lack in part.items() if lack}
+
+
+def crop_side(manifest: Manifest) -> int:
+    """The side of the centre crop that views are cut from."""
+    return int(manifest.image_size * (manifest.crop_range or 1))
+
+
+def requests_of(shard: int, writers: list[Writer], batch_size: int) -> list[CropRequest]:
+    """The images of a shard in parts of about batch_size views, at least one image: what is encoded together depends on
+    nothing but the settings."""
+    images = writers[0].manifest.rows(shard)
+    step = max(1, batch_size // sum(writer.manifest.views for writer in writers))
+    sides = tuple(crop_side(writer.manifest) for writer in writers)
+    return [CropRequest(images[start : start + step], sides) for start in range(0, len(images), step)]
+
+
+def write_shard(
+    shard: int, writers: list[Writer], codes_NVL: list[Tensor], labels: np.ndarray, skipped: list[dict]
+) -> None:
+    """Write a shard, whose codes come in parts of its images, by each of the writers: the views of one after the other's."""
+    parts = torch.cat(codes_NVL).cpu().split([writer.manifest.views for writer in writers], dim=1)
+    for writer, part in zip(writers, parts, strict=True):
+        writer.write(shard, part.numpy(), labels, skipped)
+
+
+def extract(
+    folder: ImageFolder, missing: dict[int, list[Writer]], encoder: Encoder, *, workers: int, show: bool
+) -> None:
+    """Write each shard by the writers that lack it, in another thread, while the next one is read and encoded.
+
+    Raises InputError for an image that is unreadable where the folder is strict, and for a file that cannot be written.
+    """
+    requests = {shard: requests_of(shard, writers, encoder.batch_size) for shard, writers in missing.items()}
+    flat = list(chain.from_iterable(requests.values()))
+    batches = read_crops(folder, flat, workers=workers, threads=min(cores(), torch.get_num_threads()))
+    total = sum(len(request.images) for request in flat)
+    with ThreadPoolExecutor(1) as pool, progress(total=total, unit=" images", desc="codes", show=show) as bar:
+        writing = pool.submit(lambda: None)
+        for shard, writers in missing.items():
+            m, views = writers[0].manifest, sum(writer.manifest.views for writer in writers)
+            codes = [torch.empty(0, views, m.tokens, dtype=torch.int32, device=encoder.device)]
+            images, skipped = [], []
+            for request in requests[shard]:
+                batch = next(batches)
+                if len(batch.images):
+                    crops = [torch.from_numpy(crops) for crops in batch.crops]
+                    codes.append(encoder.codes(crops, m.image_size, m.view_mode))
+                images += batch.images.tolist()
+                skipped += batch.skipped
+                bar.update(len(request.images))
+            writing.result()  # raises its error
+            writing = pool.submit(write_shard, shard, writers, codes, folder.labels[images], skipped)
+        writing.result()
+
+
+def finish(writers: list[Writer], todo: list[Writer]) -> None:
+    """Write the manifests of the writers that had something to do, and print which codes there are now."""
+    for writer in writers:
+        m, place = writer.finish() if writer in todo else writer.before, writer.place
+        what = "is written" if writer in todo else "is complete already"
+        print(f"{place.codes} {what}: {len(m.numbers)} images, {m.views} views of {m.tokens} codes")
+        if m.skipped:
+            print(f"{skipped_text(m.skipped, m.images)}. Their numbers stay free; {place.manifest} lists them")
+    if len(writers) > 1:
+        print("train on both by --code-path", *(writer.place.root for writer in writers))
+
+
 def work(s: ExtractionSettings, folder: ImageFolder, writers: list[Writer], tokenizer: VQModel, world: World) -> None:
     """Extract what is missing, as one of the processes."""
     missing = missing_shards(writers, world)
-    todo = {i for i, writer in enumerate(writers) if writer.under_way} | {i for lack in missing.values() for i in lack}
+    shards = {writer: sum(writer in lack for lack in missing.values()) for writer in writers}
+    todo = [writer for writer in writers if writer.under_way or shards[writer]]
     world.barrier()  # before it changes, every process has seen which shards are missing
     if world.is_main:
-        for i in todo:
-            writers[i].check_space(sum(i in lack for lack in missing.values()))
-            writers[i].start()
+        for writer in todo:
+            writer.check_space(shards[writer])
+            writer.start()
     encoder = encoder_of(s, tokenizer, world)
     world.barrier()
-    shards = sorted(missing)
-    if 0 < len(shards) < world.size:
-        cli.note(f"{len(shards)} shards for {world.size} processes: a smaller --shard-size would give all of them work")
-    mine = {shard: missing[shard] for shard in shards[world.rank :: world.size]}
-    workers = default_workers(world.device) if s.num_workers is None else s.num_workers
-    chunks = chunks_of(mine, writers, encoder.batch_size)
-    extract(folder, chunks, writers, encoder, workers=workers, show=world.is_main)
+    if 0 < len(missing) < world.size:
+        cli.note(
+            f"{len(missing)} shards for {world.size} processes: a smaller --shard-size would give all of them work"
+        )
+    mine = dict(list(missing.items())[world.rank :: world.size])
+    workers = s.num_workers
+    if workers is None:  # on a GPU's machine all cores but one
+        workers = max(1, cores() // world.local_size - 1) if world.device.type == "cuda" else 0
+    extract(folder, mine, encoder, workers=workers, show=world.is_main)
     world.barrier()
     if world.is_main:
         finish(writers, todo)
@@ -207,12 +315,12 @@ def main() -> None:
             f"--image-size {settings.image_size} is no multiple of the tokenizer's {tokenizer.downsample}"
         )
     cli.note(folder.summary())
-    wanted = manifests(settings, folder, tokenizer, tokenizer.about["vq_model"])
+    wanted = manifests(settings, folder, tokenizer)
     if not wanted[0].own_shards:
         raise cli.InputError(
             f"--part {settings.part}: there are {wanted[0].shards} shards; give a smaller --shard-size"
         )
-    places = [Place(settings.code_path_of(m), m.dataset, m.image_size) for m in wanted]
+    places = [settings.place(m) for m in wanted]
     keep_freed_memory()
     with join_world() as world, ExitStack() as locks:
         world.check_shared(settings.code_path)

@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 
 from autoregressive.train import extract_codes_c2i
-from autoregressive.train.extraction import BackgroundWriter, Encoder, convolution_precision, fitting_batch
+from autoregressive.train.extract_codes_c2i import Encoder, convolution_precision, fitting_batch
 from dataset import images as images_module
-from dataset.codes import Codes
+from dataset.codes import Codes, Writer
 from dataset.codes import __main__ as codes_command
-from dataset.codes.toy import unfinish
+from dataset.codes.toy import files, unfinish
 from dataset.crops import VIEWS, cut_views, load_image
 from dataset.images import ImageFolder
 from tokenizer.tokenizer_image.load import Tokenizer
@@ -98,10 +98,6 @@ def one_by_one(images, vq_ckpt, mode: str, crop_range: float = 1.1) -> np.ndarra
         return np.array([[tokenizer.encode(to_float(v[None])).flatten().numpy() for v in image] for image in views])
 
 
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
-
-
 @pytest.mark.parametrize(
     ("mode", "flags"),
     [("flip", ()), ("single", ("--no-flip",)), ("ten-crop", ("--ten-crop", "--crop-range", "1.1"))],
@@ -134,7 +130,7 @@ def test_a_run_that_was_cut_off_is_completed_to_the_same_bytes_by_any_number_of_
     kept = (cut / "toy16_codes" / "00000.npy").stat().st_mtime_ns
     result = extract(images, vq_ckpt, cut, "--batch-size", "3", "--num-workers", "1", processes=2)
     assert result.returncode == 0, result.stderr
-    assert contents(cut) == contents(whole)
+    assert files(cut) == files(whole)
     assert (cut / "toy16_codes" / "00000.npy").stat().st_mtime_ns == kept
     assert "is complete already" in in_process(images, vq_ckpt, cut)
 
@@ -143,7 +139,7 @@ def test_a_run_that_was_cut_off_is_completed_to_the_same_bytes_by_any_number_of_
 def test_two_machines_with_a_shared_folder_write_what_one_process_does(images, vq_ckpt, tmp_path, in_process):
     in_process(images, vq_ckpt, tmp_path / "one")
     run_on_machines(SCRIPT, *arguments(images, vq_ckpt, tmp_path / "two"))
-    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert files(tmp_path / "two") == files(tmp_path / "one")
 
 
 @pytest.mark.parametrize("layout", ["packed", "per-image"])
@@ -159,7 +155,7 @@ def test_parts_that_are_merged_are_what_one_machine_writes(images, vq_ckpt, tmp_
         Codes(tmp_path / "a", "toy", 16)
     monkeypatch.setattr("sys.argv", ["", "merge", *(str(tmp_path / name) for name in ("merged", "b", "a"))])
     codes_command.main()
-    assert contents(tmp_path / "merged") == contents(tmp_path / "whole")
+    assert files(tmp_path / "merged") == files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -209,14 +205,14 @@ def test_several_crop_ranges_from_one_reading(images, vq_ckpt, tmp_path, in_proc
         for view in range(10):
             assert np.array_equal(codes.batch(np.arange(11), np.full(11, 10 * k + view))[0], expected[:, view])
         assert Codes(roots[k], "toy", 16).manifest.crop_range == crop_range
-    whole = contents(tmp_path)
+    whole = files(tmp_path)
     kept = (roots[0] / "toy16_codes" / "00001.npy").stat().st_mtime_ns
     (roots[1] / "toy16_codes" / "00001.npy").unlink()
     read.clear()
     out = in_process(images, vq_ckpt, tmp_path, *flags)
     assert f"{roots[0] / 'toy16_codes'} is complete already" in out
     assert f"{roots[1] / 'toy16_codes'} is written" in out
-    assert contents(tmp_path) == whole
+    assert files(tmp_path) == whole
     assert (roots[0] / "toy16_codes" / "00001.npy").stat().st_mtime_ns == kept
     assert len(read) == 4
 
@@ -246,17 +242,12 @@ def test_damaged_files_are_recorded_and_shift_nothing(images, vq_ckpt, tmp_path,
     expected = one_by_one(images, vq_ckpt, "single")
     good, bad = ImageFolder(images), damages(random.Random(0))
     assert len(bad) > 40
-    (tmp_path / "images").mkdir()
-    for i, path in enumerate(good.paths):
-        name = Path(good.names[i])
-        for folder in "abc":
-            (tmp_path / "images" / folder).mkdir(exist_ok=True)
-        (tmp_path / "images" / name).write_bytes(Path(path).read_bytes())
+    shutil.copytree(images, tmp_path / "images")
     for i, (name, content) in enumerate(bad.items()):
         (tmp_path / "images" / "abc"[i % 3] / f"{i % 11:02d}-{name}.jpg").write_bytes(content)
     mixed = ImageFolder(tmp_path / "images")
     out = in_process(tmp_path / "images", vq_ckpt, tmp_path / "out", "--no-flip", "--layout", layout)
-    whole = contents(tmp_path / "out")
+    whole = files(tmp_path / "out")
     codes = Codes(tmp_path / "out", "toy", 16)
     m = codes.manifest
     broken = {name for name in mixed.names if Path(name).suffix == ".jpg"}
@@ -271,7 +262,7 @@ def test_damaged_files_are_recorded_and_shift_nothing(images, vq_ckpt, tmp_path,
         tmp_path / "images", vq_ckpt, tmp_path / "out", "--no-flip", "--layout", layout, "--num-workers", "1"
     )
     in_process(tmp_path / "images", vq_ckpt, tmp_path / "again", "--no-flip", "--layout", layout, "--num-workers", "1")
-    assert contents(tmp_path / "again") == whole
+    assert files(tmp_path / "again") == whole
 
 
 def test_flipped_bytes_never_stop_it(images, vq_ckpt, tmp_path, in_process):
@@ -309,10 +300,7 @@ def test_no_readable_image_at_all_is_one_line_and_no_manifest(vq_ckpt, tmp_path,
 
 def test_a_changed_tree_is_not_mixed_in(images, vq_ckpt, tmp_path, in_process):
     in_process(images, vq_ckpt, tmp_path / "out")
-    copied = tmp_path / "images"
-    for name, path in zip(ImageFolder(images).names, ImageFolder(images).paths, strict=True):
-        (copied / name).parent.mkdir(parents=True, exist_ok=True)
-        (copied / name).write_bytes(Path(path).read_bytes())
+    copied = shutil.copytree(images, tmp_path / "images")
     assert "is complete already" in in_process(copied, vq_ckpt, tmp_path / "out")
     (copied / "a" / "00.png").rename(copied / "a" / "zz.png")
     with pytest.raises(InputError, match=r"other settings \(paths_sha256"):
@@ -337,18 +325,21 @@ def test_killed_at_any_moment_it_is_completed_to_the_same_bytes(images, vq_ckpt,
         run.send_signal(signal.SIGKILL)
         run.wait()
     in_process(images, vq_ckpt, tmp_path / "cut", "--layout", "per-image")
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
-def test_a_write_that_fails_is_heard_of():
-    def fails():
-        raise InputError("the disk is full")
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_write_that_fails_is_heard_of(images, vq_ckpt, tmp_path, in_process, monkeypatch, failing):
+    """Of the first of three shards, which is waited for before the next one is written, and of the last."""
 
-    with pytest.raises(InputError, match="full"), BackgroundWriter() as writer:
-        writer.submit(fails)
-    with pytest.raises(InputError, match="full"), BackgroundWriter() as writer:
-        writer.submit(fails)
-        writer.submit(lambda: None)
+    def write(self, shard, *_):
+        if shard == failing:
+            raise InputError("the disk is full")
+        assert shard < failing
+
+    monkeypatch.setattr(Writer, "write", write)
+    with pytest.raises(InputError, match="the disk is full"):
+        in_process(images, vq_ckpt, tmp_path)
 
 
 def test_batches_fit_and_are_powers_of_two():
@@ -434,13 +425,6 @@ class TestWrongInputs:
         else:
             with pytest.raises(ValueError, match=r"4\.png cannot be read as an image .*leave out --strict"):
                 in_process(tmp_path, vq_ckpt, tmp_path / "out", *flags)
-
-    def test_a_lost_shard_is_restored_by_the_same_command(self, images, vq_ckpt, tmp_path, in_process):
-        in_process(images, vq_ckpt, tmp_path)
-        whole = contents(tmp_path)
-        (tmp_path / "toy16_codes" / "00001.npy").unlink()
-        in_process(images, vq_ckpt, tmp_path)
-        assert contents(tmp_path) == whole
 
     def test_codes_of_other_settings_are_not_mixed(self, images, vq_ckpt, tmp_path, in_process):
         in_process(images, vq_ckpt, tmp_path)

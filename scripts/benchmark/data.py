@@ -25,8 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoregressive.train.extract_codes_c2i import ExtractionSettings, encoder_of, manifests, work
-from autoregressive.train.extraction import Encoder, crop_side
+from autoregressive.train.extract_codes_c2i import Encoder, ExtractionSettings, crop_side, encoder_of, manifests, work
 from dataset.codes import Codes, Manifest, Place, Writer
 from dataset.crops import center_crops, cut_views
 from dataset.images import CropRequest, ImageFolder, read_crops
@@ -192,7 +191,7 @@ def measure_extraction(s: DataBenchmarkSettings, device: torch.device, root: Pat
     tokenizer = Tokenizer.from_pretrained(e.vq_ckpt)
     if s.image_size % tokenizer.downsample:
         raise cli.InputError(f"--image-size {s.image_size} is no multiple of the tokenizer's {tokenizer.downsample}")
-    todo = manifests(e, folder, tokenizer, tokenizer.about["vq_model"])
+    todo = manifests(e, folder, tokenizer)
     n, looped, views = len(folder), min(s.loop_images, len(folder)), sum(m.views for m in todo)
     loop_seconds, _ = harness.timed(
         lambda: one_by_one(folder, looped, todo[0], tokenizer, root / "loop", device), device
@@ -203,7 +202,7 @@ def measure_extraction(s: DataBenchmarkSettings, device: torch.device, root: Pat
     encoder = encoder_of(e, tokenizer, world)
     blank = torch.zeros(encoder.batch_size, s.image_size, s.image_size, 3, dtype=torch.uint8)
     encoder.codes([blank], s.image_size, "single")  # what is compiled is compiled before
-    writers = [Writer(Place(e.code_path_of(m), m.dataset, m.image_size), m) for m in todo]
+    writers = [Writer(e.place(m), m) for m in todo]
     with encoder_seconds(device) as spent:
         seconds, _ = harness.timed(lambda: work(e, folder, writers, tokenizer, world), device)
     codes, wrong = Codes(writers[0].place.root, "benchmark", s.image_size), []
