@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from autoregressive.models.gpt import GPTConfig, Transformer
 from autoregressive.models.patches import to_patches
 from autoregressive.train.gpt_task import Data, GPTTask, PatchLoss
-from autoregressive.train.schedule import Level, Plan, in_steps, learning_rate, patch_levels
+from autoregressive.train.schedule import Level, Plan, in_steps, patch_levels
 from utils.distributed import World, autocast
 from utils.engine import Trainer
 from utils.fake_gpu import GPU, fake_gpu, train_steps
@@ -48,10 +48,10 @@ def test_published_trajectory():
     optimizer = adamw(
         model, EngineSettings(lr=train["lr"], weight_decay=train["weight_decay"], beta1=beta1, beta2=beta2)
     )
-    rate = partial(
-        learning_rate, levels=levels, lr=train["lr"], end_lr=train["end_lr"],
-        warmup=train["warmup_epochs"] * steps_per_epoch, decay_ratio=train["decay_ratio"],
-    )  # fmt: skip
+    rate = Plan(
+        levels, steps_per_epoch, train["lr"], scheduler=True, end_lr=train["end_lr"],
+        warmup_epochs=train["warmup_epochs"], decay_ratio=train["decay_ratio"],
+    ).rate  # fmt: skip
     for step in range(len(golden["loss"])):
         assert rate(step) == pytest.approx(float(golden["lr"][step]), rel=1e-6)
         batch = (

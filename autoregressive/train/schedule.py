@@ -28,39 +28,41 @@ def patch_levels(epochs: int, patch_level: int, epoch_rate: float) -> list[Level
     """The published schedule, in epochs: patch sides 2**(levels-1) .. 2, 1, with boundaries int(epochs * rate**i).
 
     Three levels at rate 0.5 of 300 epochs end at 75, 150 and 300. Empty levels are left out.
-    Raises ValueError unless epochs >= 1, 1 <= patch_level <= 32 and 0 < epoch_rate <= 1.
+    Raises InputError unless epochs >= 1, 1 <= patch_level <= 32 and 0 < epoch_rate <= 1.
     """
     if epochs < 1 or not 1 <= patch_level <= 32 or not 0 < epoch_rate <= 1:
-        raise ValueError(
+        raise InputError(
             "expected epochs >= 1, a patch level of 1 to 32 and an epoch rate in (0, 1], "
             f"got {epochs}, {patch_level} and {epoch_rate}"
         )
-    stops = [int(epochs * epoch_rate**i) for i in reversed(range(patch_level))]
-    starts = [0, *stops[:-1]]
     sides = [2**i for i in reversed(range(patch_level))]
-    return [Level(*row) for row in zip(sides, starts, stops, strict=True) if row[1] < row[2]]
+    stops = [int(epochs * epoch_rate**i) for i in reversed(range(patch_level))]
+    return [level for level in _one_by_one(sides, stops) if level.start < level.stop]
 
 
 def free_levels(patches: Sequence[int], lengths: Sequence[float]) -> list[Level]:
     """Levels of these patch sides, one after the other, each so many epochs or steps long.
 
-    Raises ValueError unless there are as many lengths as sides, and all are above 0 and at most LONGEST.
+    Raises InputError unless there are as many lengths as sides, and all are above 0 and at most LONGEST.
     """
     fit = len(patches) == len(lengths) and patches and min(patches) >= 1
     if not fit or min(lengths) <= 0 or max(lengths) > LONGEST:
-        raise ValueError(
+        raise InputError(
             f"expected a length above 0 and at most {LONGEST} for each patch side, got {list(lengths)} for {list(patches)}"
         )
-    stops = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    return _one_by_one(patches, [sum(lengths[: i + 1]) for i in range(len(lengths))])
+
+
+def _one_by_one(patches: Sequence[int], stops: Sequence[float]) -> list[Level]:
     return [Level(*row) for row in zip(patches, [0, *stops[:-1]], stops, strict=True)]
 
 
 def in_steps(levels: Sequence[Level], steps_per_epoch: int) -> list[Level]:
-    """Levels in epochs -> levels in steps; boundaries are rounded. Raises ValueError for a level of less than a step."""
+    """Levels in epochs -> levels in steps; boundaries are rounded. Raises InputError for a level of less than a step."""
     rows = [Level(s.patch, round(s.start * steps_per_epoch), round(s.stop * steps_per_epoch)) for s in levels]
     for level, row in zip(levels, rows, strict=True):
         if row.start >= row.stop:
-            raise ValueError(
+            raise InputError(
                 f"{level.stop - level.start:g} epochs of {steps_per_epoch} steps on patches of side {row.patch} are no step"
             )
     return rows
@@ -69,41 +71,6 @@ def in_steps(levels: Sequence[Level], steps_per_epoch: int) -> list[Level]:
 def relative_cost(levels: Sequence[Level]) -> float:
     """Positions trained on, as a share of next-token training of the same length (0.625 for two levels at rate 0.5)."""
     return sum((s.stop - s.start) / s.patch**2 for s in levels) / levels[-1].stop
-
-
-def level_at(levels: Sequence[Level], position: float) -> Level:
-    """The level of an epoch or step; the last one past the end."""
-    return next((level for level in levels if position < level.stop), levels[-1])
-
-
-def learning_rate(
-    step: int,
-    levels: Sequence[Level],
-    *,
-    lr: float,
-    end_lr: float,
-    warmup: float,
-    decay_ratio: float,
-) -> float:
-    """The rate of update `step` (from 0): in each level (in steps) a linear warm-up from 0 over `warmup` steps, then lr,
-    then a linear decay towards end_lr over the level's last decay_ratio. Past the end it stays at end_lr.
-
-    Where warm-up and decay overlap the warm-up is followed first, as published.
-    """
-    if step >= levels[-1].stop:
-        return end_lr
-    level = level_at(levels, step)
-    if step - level.start < warmup:
-        return lr * (step - level.start) / warmup
-    decay_start = level.stop - decay_ratio * (level.stop - level.start)
-    if step < decay_start:
-        return lr
-    return lr + (end_lr - lr) * (step - decay_start) / (level.stop - decay_start)
-
-
-def whole_number(n: int) -> str:
-    """1,234 in full, 1.23e+06 from a million on."""
-    return f"{n:,}" if n < 1_000_000 else f"{n:.3g}"
 
 
 @dataclass(frozen=True)
@@ -123,17 +90,26 @@ class Plan:
         return self.levels[-1].stop
 
     def level(self, step: int) -> Level:
-        """The level of update `step`."""
-        return level_at(self.levels, step)
+        """The level of update `step` (from 0); the last one past the end."""
+        return next((level for level in self.levels if step < level.stop), self.levels[-1])
 
     def rate(self, step: int) -> float:
-        """The learning rate of update `step`."""
+        """The learning rate of update `step`: with `scheduler` in each level a linear warm-up from 0, then lr, then a linear
+        decay towards end_lr over the level's last decay_ratio. Past the end it stays at end_lr.
+
+        Where warm-up and decay overlap the warm-up is followed first, as published.
+        """
         if not self.scheduler:
             return self.lr
-        return learning_rate(
-            step, self.levels, lr=self.lr, end_lr=self.end_lr,
-            warmup=self.warmup_epochs * self.steps_per_epoch, decay_ratio=self.decay_ratio,
-        )  # fmt: skip
+        if step >= self.total:
+            return self.end_lr
+        level, warmup = self.level(step), self.warmup_epochs * self.steps_per_epoch
+        if step - level.start < warmup:
+            return self.lr * (step - level.start) / warmup
+        decay_start = level.stop - self.decay_ratio * (level.stop - level.start)
+        if step < decay_start:
+            return self.lr
+        return self.lr + (self.end_lr - self.lr) * (step - decay_start) / (level.stop - decay_start)
 
     def remaining(self, step: int, cost: Callable[[int], float]) -> float:
         """The cost of the updates from `step` on, where cost(patch) is that of one."""
@@ -148,22 +124,22 @@ class Plan:
         whole = self.remaining(0, flops)
         for level in self.levels:
             steps = level.stop - level.start
+            positions = steps * batch * tokens // level.patch**2
             shown = (level.start, (level.start + level.stop - 1) // 2, level.stop - 1)
             rows.append((
                 f"{level.patch}x{level.patch}",
                 f"{level.start / self.steps_per_epoch:g}-{level.stop / self.steps_per_epoch:g}",
                 f"{steps}",
-                whole_number(steps * batch * tokens // level.patch**2),
+                f"{positions:,}" if positions < 1_000_000 else f"{positions:.3g}",
                 f"{steps * batch * flops(level.patch):.3g}",
                 f"{steps * flops(level.patch) / whole:.1%}",
                 ", ".join(f"{self.rate(step):.2e}" for step in shown),
             ))  # fmt: skip
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        positions = relative_cost(self.levels)
-        share = whole / (self.total * flops(1))
         lines.append(
-            f"cost relative to next-token training of the same epochs: {positions:.3f} (positions), {share:.3f} (FLOPs)"
+            "cost relative to next-token training of the same epochs: "
+            f"{relative_cost(self.levels):.3f} (positions), {whole / (self.total * flops(1)):.3f} (FLOPs)"
         )
         if self.levels[-1].patch != 1:
             lines.append("note: the last level is not on single codes, and sampling draws single codes")
@@ -171,11 +147,8 @@ class Plan:
 
     def draw(self, path: str | Path, title: str) -> None:
         """A picture of the learning rate over the epochs, with the levels' boundaries."""
-        points = 1000
-        steps = sorted(
-            {round(i * (self.total - 1) / points) for i in range(points + 1)}
-            | {step for s in self.levels for step in (s.start, s.stop - 1)}
-        )
+        ends = {step for level in self.levels for step in (level.start, level.stop - 1)}
+        steps = sorted({*range(0, self.total, -(-self.total // 1000)), *ends})
         draw.curves(
             path,
             {"learning rate": ([s / self.steps_per_epoch for s in steps], [self.rate(s) for s in steps])},
@@ -221,16 +194,13 @@ class ScheduleSettings(Settings):
 
     def plan(self, lr: float, steps_per_epoch: int, tokens: int) -> Plan:
         """The levels in steps. Raises InputError for one without a step, or whose side does not divide the grid of codes."""
-        try:
-            if self.patch_sizes is None:
-                levels = patch_levels(self.epochs or 300, self.patch_level or 2, self.epoch_rate or 0.5)
-                levels = in_steps(levels, steps_per_epoch)
-            elif self.patch_epochs:
-                levels = in_steps(free_levels(self.patch_sizes, self.patch_epochs), steps_per_epoch)
-            else:
-                levels = free_levels(self.patch_sizes, self.patch_steps)
-        except ValueError as error:
-            raise InputError(str(error)) from None
+        if self.patch_steps:
+            levels = free_levels(self.patch_sizes, self.patch_steps)
+        elif self.patch_epochs:
+            levels = in_steps(free_levels(self.patch_sizes, self.patch_epochs), steps_per_epoch)
+        else:
+            levels = patch_levels(self.epochs or 300, self.patch_level or 2, self.epoch_rate or 0.5)
+            levels = in_steps(levels, steps_per_epoch)
         side = grid_side(tokens)
         for level in levels:
             if side % level.patch:

@@ -7,39 +7,24 @@ import pytest
 from PIL import Image
 
 from autoregressive.models.gpt import preset
-from autoregressive.train.schedule import (
-    Level,
-    Plan,
-    free_levels,
-    in_steps,
-    learning_rate,
-    level_at,
-    patch_levels,
-    relative_cost,
-)
+from autoregressive.train.schedule import Level, Plan, free_levels, in_steps, patch_levels, relative_cost
 
 CASES = json.loads((Path(__file__).parent / "testdata" / "schedule.json").read_text())
 
 
-def plan(args: dict) -> list[Level]:
-    return patch_levels(args["epochs"], args["patch_level"], args["epoch_rate"])
-
-
-def rate(step: int, args: dict) -> float:
-    return learning_rate(
-        step,
-        in_steps(plan(args), args["steps_per_epoch"]),
-        lr=args["lr"],
-        end_lr=args["end_lr"],
-        warmup=args["warmup_epochs"] * args["steps_per_epoch"],
-        decay_ratio=args["decay_ratio"],
-    )
+def plan(args: dict) -> Plan:
+    levels = in_steps(patch_levels(args["epochs"], args["patch_level"], args["epoch_rate"]), args["steps_per_epoch"])
+    return Plan(
+        levels, args["steps_per_epoch"], args["lr"], scheduler=True, end_lr=args["end_lr"],
+        warmup_epochs=args["warmup_epochs"], decay_ratio=args["decay_ratio"],
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(v) for v in c["args"].values()))
 class TestPublished:
     def test_segments(self, case):
-        levels = plan(case["args"])
+        args = case["args"]
+        levels = patch_levels(args["epochs"], args["patch_level"], args["epoch_rate"])
         ends = case["epoch_range"]
         kept = [i for i, stop in enumerate(ends) if stop > (ends[i - 1] if i else 0)]
         assert [s.stop for s in levels] == [ends[i] for i in kept]
@@ -47,25 +32,26 @@ class TestPublished:
         assert [s.start for s in levels] == [0, *(s.stop for s in levels[:-1])]
 
     def test_patch_at_every_epoch(self, case):
-        expected = case["patch_size_at_epoch_start"]
-        assert [level_at(plan(case["args"]), e).patch ** 2 for e in range(case["args"]["epochs"])] == expected[:-1]
+        args, expected = case["args"], case["patch_size_at_epoch_start"]
+        starts = [epoch * args["steps_per_epoch"] for epoch in range(args["epochs"])]
+        assert [plan(args).level(step).patch ** 2 for step in starts] == expected[:-1]
 
     def test_learning_rate(self, case):
-        args = case["args"]
+        args, rate = case["args"], plan(case["args"]).rate
         last = args["epochs"] * args["steps_per_epoch"]
         known = dict(enumerate(case.get("lr_every_step", []))) | dict(map(tuple, case["lr_at_step"]))
         known |= {e * args["steps_per_epoch"]: lr for e, lr in enumerate(case["lr_at_epoch_start"])}
         inside = {step: lr for step, lr in known.items() if step < last}
         assert len(inside) > 5
         for step, lr in inside.items():
-            assert rate(step, args) == pytest.approx(lr, rel=1e-9, abs=1e-18), step
-        assert rate(case["last_step"], args) == pytest.approx(case["lr_last_step"], rel=1e-9)
+            assert rate(step) == pytest.approx(lr, rel=1e-9, abs=1e-18), step
+        assert rate(case["last_step"]) == pytest.approx(case["lr_last_step"], rel=1e-9)
 
     def test_trap_past_the_end_it_stays_at_end_lr(self, case):
         """The published code returns the base rate as a multiplier there, so base_lr squared (or a warm-up's 0)."""
         args = case["args"]
         end = args["epochs"] * args["steps_per_epoch"]
-        assert [rate(end + extra, args) for extra in (0, 1, 10**6)] == [args["end_lr"]] * 3
+        assert [plan(args).rate(end + extra) for extra in (0, 1, 10**6)] == [args["end_lr"]] * 3
 
 
 def test_trap_boundaries_are_powers_of_the_rate_not_thirds():
