@@ -33,34 +33,29 @@ def fitted(
     """
     done, was = [], (about.get("config") or {}).get("block_size")
     if isinstance(was, int) and was != tokens:
-        done.append(f"grid of {_side(was)} codes, now {_side(tokens)}")
+        sides = [f"{math.isqrt(codes)}x{math.isqrt(codes)}" for codes in (was, tokens)]
+        done.append(f"grid of {sides[0]} codes, now {sides[1]}")
     table = state.get(TABLE)
     if table is None or table.dim() != 2 or len(table) < 2:  # it fits no GPT; check_weights refuses it
         return dict(state), ""
-    number = len(table) - 1
-    old = _names(about.get("classes"), number)
+    old = _names(about.get("classes"), len(table) - 1)
     new = _names(classes, num_classes)
     named = bool(about.get("classes")) and bool(classes)
     chosen = _chosen(init_classes, new, old)
-    if not chosen and number == num_classes and (not named or old == new):
+    if not chosen and len(old) == len(new) and (not named or old == new):
         return dict(state), "; ".join(done)
     by_name = {name: i for i, name in enumerate(old)} if named else {}
     rows = [chosen.get(i, by_name.get(name)) for i, name in enumerate(new)]
     mean = table[:-1].float().mean(0).to(table.dtype)
     made = torch.stack([mean if row is None else table[row] for row in rows] + [table[-1]])
-    same = sum(i not in chosen and row is not None for i, row in enumerate(rows))
-    kinds = {"by --init-classes": len(chosen), "by name": same, "as the mean": rows.count(None)}
+    means = rows.count(None)
+    kinds = {"by --init-classes": len(chosen), "by name": len(rows) - len(chosen) - means, "as the mean": means}
     parts = ", ".join(f"{count} {how}" for how, count in kinds.items() if count)
-    done.append(f"class table of {number} classes made anew for {num_classes} ({parts}); null class kept")
+    done.append(f"class table of {len(old)} classes made anew for {len(new)} ({parts}); null class kept")
     return {**state, TABLE: made}, "; ".join(done)
 
 
-def _side(tokens: int) -> str:
-    side = math.isqrt(tokens)
-    return f"{side}x{side}"
-
-
-def _names(names: Any, number: int) -> list[str]:
+def _names(names: Sequence[str] | None, number: int) -> list[str]:
     """The names of so many classes; numbers where they have none."""
     return [str(name) for name in names] if names and len(names) == number else [str(i) for i in range(number)]
 
@@ -68,23 +63,23 @@ def _names(names: Any, number: int) -> list[str]:
 def _chosen(init_classes: Sequence[str], new: Sequence[str], old: Sequence[str]) -> dict[int, int]:
     """The new class's number -> the old one's."""
     chosen: dict[int, int] = {}
+    new_numbers, old_numbers = _numbers(new), _numbers(old)
     for text in init_classes:
         name, _, source = text.rpartition("=")
-        at, begin = _number(name, new), _number(source, old)
-        if at is None or begin is None:
-            known, what, wanted = (new, "the data have", name) if at is None else (old, "the weights have", source)
-            raise InputError(
-                f"--init-classes {text}: expected NAME=OLD, but {what} no class {wanted!r}; they have "
-                f"{', '.join(known[:5])}{', ...' if len(known) > 5 else ''}"
-            )
-        if at in chosen:
+        for wanted, numbers, known, what in (
+            (name, new_numbers, new, "the data have"), (source, old_numbers, old, "the weights have"),
+        ):  # fmt: skip
+            if wanted not in numbers:
+                raise InputError(
+                    f"--init-classes {text}: expected NAME=OLD, but {what} no class {wanted!r}; they have "
+                    f"{', '.join(known[:5])}{', ...' if len(known) > 5 else ''}"
+                )
+        if new_numbers[name] in chosen:
             raise InputError(f"--init-classes names {name!r} twice")
-        chosen[at] = begin
+        chosen[new_numbers[name]] = old_numbers[source]
     return chosen
 
 
-def _number(name: str, names: Sequence[str]) -> int | None:
-    """The number of a class that is given by its name or its number."""
-    if name in names:
-        return names.index(name)
-    return int(name) if name.isdecimal() and len(name) < 9 and int(name) < len(names) else None
+def _numbers(names: Sequence[str]) -> dict[str, int]:
+    """The numbers of classes by their numbers as text and by their names."""
+    return {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from autoregressive.models.gpt import GPTConfig, Transformer
 from autoregressive.models.patches import to_patches
-from autoregressive.train.gpt_task import Data, GPTTask, PatchLoss
+from autoregressive.train.gpt_task import Data, GPTTask, PatchLoss, TrainSettings
 from autoregressive.train.schedule import Level, Plan, in_steps, patch_levels
 from utils.distributed import World, autocast
 from utils.engine import Trainer
@@ -132,8 +132,9 @@ def test_compiled_with_one_graph_a_level_and_no_recompiles(recompute):
 def test_a_machine_that_cannot_compile_trains_without(able, monkeypatch):
     monkeypatch.setattr("utils.machine.can_compile", lambda device: able)
     monkeypatch.setattr(torch, "compile", lambda objective, **_: nn.Sequential(objective))
-    config, settings = GPTConfig(dim=16, n_layer=1, n_head=2, vocab_size=8, block_size=4), EngineSettings(compile=True)
-    task = GPTTask(Transformer(config), None, Plan([Level(1, 0, 1)], 1, 1e-3), settings, label_drop=0.0)
+    config = GPTConfig(dim=16, n_layer=1, n_head=2, vocab_size=8, block_size=4)
+    settings = TrainSettings(code_path=["codes"], compile=True)
+    task = GPTTask(Transformer(config), None, Plan([Level(1, 0, 1)], 1, 1e-3), settings, about={})
     trainer = Trainer(task, settings, World(0, 1, torch.device("cpu")), run=None, log=None, manager=None)
     assert (trainer.objective is task.objective) != able
 
@@ -155,9 +156,9 @@ def task_on_gpu():
     )  # fmt: skip
     plan = Plan([Level(8, 0, 1), Level(4, 1, 2), Level(2, 2, 3), Level(1, 3, 4)], 4, 1e-3)
 
-    def make(settings, recompute=False):
-        model, data = Transformer(config).to(GPU), Data(None, val=Codes())
-        return GPTTask(model, data, plan, settings, label_drop=0.1, ema_decay=0.9, recompute=recompute)
+    def make(**settings):
+        settings = TrainSettings(code_path=["codes"], global_batch_size=2, ema=True, **settings)
+        return GPTTask(Transformer(config).to(GPU), Data(None, val=Codes()), plan, settings, about={})
 
     return make
 
@@ -165,15 +166,15 @@ def task_on_gpu():
 @pytest.mark.parametrize(("precision", "recompute"), [("auto", False), ("fp16", True)])
 def test_on_a_gpu_the_host_waits_for_no_step(task_on_gpu, precision, recompute):
     """auto is bf16 there. Of float16 the loss scaler is a part."""
-    settings = EngineSettings(global_batch_size=2, mixed_precision=precision)
     batch = torch.zeros(2, 64, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
     with fake_gpu() as gpu:
-        train_steps(task_on_gpu(settings, recompute), settings, [batch] * 4)
+        task = task_on_gpu(mixed_precision=precision, activation_checkpointing=recompute)
+        train_steps(task, task.settings, [batch] * 4)
     assert not gpu.waits
 
 
 def test_on_a_gpu_validation_waits_once(task_on_gpu):
     with fake_gpu() as gpu:
-        task = task_on_gpu(EngineSettings(global_batch_size=2))
+        task = task_on_gpu()
         task.validate(task.model, 4, World(0, 1, GPU), partial(autocast, GPU, torch.bfloat16))
     assert len(gpu.waits) == 1 and "total[1]).item()" in gpu.waits[0]

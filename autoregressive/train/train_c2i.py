@@ -12,22 +12,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the modules of this clone, whatever else is installed
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from pydantic import model_validator
-from typing_extensions import Self
 
-from autoregressive.models.gpt import GPT, PRESETS, GPTConfig, Transformer, preset
+from autoregressive.models.gpt import GPT, GPTConfig, Transformer, preset
 from autoregressive.models.patches import grid_side
 from autoregressive.train.fine_tune import fitted
-from autoregressive.train.gpt_task import Data, GPTTask
+from autoregressive.train.gpt_task import Data, GPTTask, TrainSettings
 from autoregressive.train.preview import Preview
-from autoregressive.train.schedule import Plan, ScheduleSettings
+from autoregressive.train.schedule import Plan
 from dataset.codes import Codes
-from pretrained_models.catalogue import WeightsFile
 from tokenizer.tokenizer_image.load import Tokenizer
 from utils import checkpoint, cli
 from utils.cli import InputError
@@ -37,67 +34,6 @@ from utils.files import check_folder
 from utils.log import RunLog, event_writer
 from utils.machine import keep_freed_memory
 from utils.runs import Run
-from utils.settings import (
-    Fraction,
-    FractionBelowOne,
-    ImageSize,
-    PositiveInt,
-    one_of,
-    setting,
-)
-from utils.sharding import DATA_PARALLEL
-from utils.task import EngineSettings
-
-
-class TrainSettings(ScheduleSettings, EngineSettings):
-    """The settings of GPT training; see --help."""
-
-    code_path: list[Path] = setting(help="folders of extract_codes_c2i.sh: views of the same images", free=True)
-    dataset: str = setting("imagenet", "name of the data set in the code folder's name")
-    image_size: ImageSize = setting(256, "size the codes were extracted at")
-    val_code_path: Path | None = setting(None, "held-out codes, for the token-level validation loss", free=True)
-    val_split: Fraction = setting(0.0, "or hold out this share of the training images")
-    val_images: PositiveInt = setting(5000, "use this many of them at most", free=True)
-    results_dir: Path = setting(Path("results"), free=True)
-    fresh: bool = setting(False, "start a new run even if one can be continued", free=True)
-    dry_run: bool = setting(False, "print and draw the plan (RESULTS_DIR/plan.png), and stop", free=True)
-
-    gpt_model: one_of(PRESETS) = setting("GPT-B")
-    gpt_ckpt: WeightsFile | None = setting(
-        None,
-        "start from these weights (a new schedule and optimizer); of other classes, too",
-        free=True,
-        metavar="WEIGHTS",
-    )
-    init_classes: list[str] | None = setting(
-        None, "with --gpt-ckpt: classes that begin as one of its own; others as that of their name, or the mean",
-        metavar="NAME=OLD",
-    )  # fmt: skip
-    vocab_size: PositiveInt | None = setting(None, "default: the codebook's, from the manifest; 16384 without one")
-    num_classes: PositiveInt | None = setting(None, "default: from the manifest; 1000 without one")
-    dropout_p: Fraction = setting(0.1, "dropout of both branches of a block; none with --drop-path-rate")
-    token_dropout_p: Fraction = setting(0.1, "dropout of the embedded input")
-    drop_path_rate: FractionBelowOne = setting(0.0, "stochastic depth, rising to this at the last block")
-    class_dropout_p: Fraction = setting(0.1, "labels replaced by the null class, for guidance")
-
-    ema: bool = setting(False, "keep an exponential moving average of the weights")
-    ema_decay: Fraction = setting(0.9999, "of this average; it warms up as (1 + step) / (10 + step)")
-    activation_checkpointing: bool = setting(
-        False, "less memory: compute each block again in the backward pass", free=True
-    )
-    data_parallel: one_of(DATA_PARALLEL) = setting(
-        "ddp", "fsdp: each process holds a part of the weights; hsdp: each machine holds all of them", free=True
-    )
-    vq_ckpt: WeightsFile | None = setting(None, "tokenizer: draw samples while training", free=True, metavar="WEIGHTS")
-    sample_every: PositiveInt = setting(10, "epochs, with --vq-ckpt; and at the end", free=True)
-
-    @model_validator(mode="after")
-    def _no_contradiction(self) -> Self:
-        if self.init_classes and not self.gpt_ckpt:
-            raise ValueError("--init-classes says how classes of --gpt-ckpt are taken over: give that, too")
-        if self.val_code_path and self.val_split:
-            raise ValueError("--val-code-path and --val-split are two ways to hold out images: give one of them")
-        return self
 
 
 def open_data(settings: TrainSettings) -> Data:
@@ -143,7 +79,7 @@ def gpt_config(settings: TrainSettings, data: Data) -> GPTConfig:
     vocab = s.vocab_size or (manifest.codebook_size if manifest else 16384)
     if manifest and vocab < manifest.codebook_size:
         raise InputError(f"--vocab-size {vocab} is smaller than the codebook of {manifest.codebook_size}")
-    for part in {id(part): part for part in (codes, data.val) if part}.values():
+    for part in dict.fromkeys((codes, data.val or codes)):
         part.check_range(classes, vocab)
     return preset(
         s.gpt_model,
@@ -192,7 +128,7 @@ def sample_tokenizer(settings: TrainSettings, codes: Codes) -> torch.nn.Module |
 
 
 def recorded(
-    settings: TrainSettings, data: Data, start: dict | None, world: World, start_changed: str = ""
+    settings: TrainSettings, data: Data, start: dict | None, start_changed: str, world: World
 ) -> dict[str, Any]:
     """What makes the run what it is, as plain data: the settings, the codes' content, the starting weights and what was
     changed in them, the precision."""
@@ -228,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer = sample_tokenizer(settings, data.codes)
     keep_freed_memory()
     with join_world() as world:
-        args = recorded(settings, data, start, world, start_changed)
+        args = recorded(settings, data, start, start_changed, world)
         about = {
             "gpt_model": settings.gpt_model,
             "config": asdict(config),
@@ -244,29 +180,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
             model = Transformer(config)
             if start:
                 model.load_state_dict(start)
-            preview: Callable | None = None
             if world.is_main:
                 plan.draw(run.folder / "plan.png", settings.gpt_model)
+            preview = None
             if tokenizer and world.is_main:
                 preview = Preview(
                     tokenizer, run.folder / "samples", log, classes, config.num_classes, world.device,
                     precision_dtype(settings.mixed_precision, world.device), settings.global_seed,
                 )  # fmt: skip
-            return GPTTask(
-                model, data, plan, settings, label_drop=settings.class_dropout_p, val_images=settings.val_images,
-                ema_decay=settings.ema_decay if settings.ema else None, recompute=settings.activation_checkpointing,
-                about=about, preview=preview, preview_every=settings.sample_every if tokenizer else None,
-                data_parallel=settings.data_parallel,
-            )  # fmt: skip
+            return GPTTask(model, data, plan, settings, about, preview)
 
         def header(task: GPTTask) -> list[str]:
             parameters = sum(p.numel() for p in task.model.parameters())
             way = f" ({settings.data_parallel})" if world.size > 1 else ""
-            lines = [
+            line = (
                 f"{settings.gpt_model}: {parameters / 1e6:.1f}M parameters, {len(data)} images of {data.codes.tokens} codes "
-                f"in {data.codes.views} views, {world.size} process(es) on {world.device.type}{way}",
-            ]
-            return [*lines, *filter(None, [data.codes.hint]), table]
+                f"in {data.codes.views} views, {world.size} process(es) on {world.device.type}{way}"
+            )
+            return [text for text in (line, data.codes.hint, table) if text]
 
         run_training(
             world, settings, make_task, results=settings.results_dir, name=settings.gpt_model, args=args,

@@ -9,8 +9,8 @@ import torch
 
 from autoregressive.models.gpt import GPTConfig
 from autoregressive.sample.sample_c2i_ddp import SampleSettings
+from autoregressive.train.gpt_task import TrainSettings
 from autoregressive.train.schedule import patch_levels
-from autoregressive.train.train_c2i import TrainSettings
 from evaluations.c2i.train_classifier import ClassifierSettings
 from pretrained_models.catalogue import CATALOGUE
 from scripts.pipeline.images import Images
