@@ -45,25 +45,23 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._known: dict[int, weakref.ref] = {}  # by address: several tensors may share a storage
 
-    def _take(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
+    def _take(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
 
         def freed(_: object) -> None:
             self.now -= size
             del self._known[key]
 
-        self._known[key] = weakref.ref(storage, freed)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        if key not in self._known:
+            self._known[key] = weakref.ref(storage, freed)
+            self.now += size
+            self.peak = max(self.peak, self.now)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):
             if isinstance(value, torch.Tensor):
-                self._take(value)
+                self._take(value.untyped_storage())
         return out
 
 
@@ -87,10 +85,9 @@ def step_bytes(
     cast: weights are float32 and autocast makes copies of `dtype`; otherwise they are of `dtype` (fsdp).
     """
     if config.n_layer > COUNTED:
-        few, more = (
-            step_bytes(replace(config, n_layer=n), images, recompute, dtype, cast) for n in (COUNTED // 2, COUNTED)
-        )
-        return more + (config.n_layer - COUNTED) * (more - few) // (COUNTED - COUNTED // 2)
+        half = COUNTED // 2
+        few, more = (step_bytes(replace(config, n_layer=n), images, recompute, dtype, cast) for n in (half, COUNTED))
+        return more + (config.n_layer - COUNTED) * (more - few) // (COUNTED - half)
     model = meta_model(config).to(torch.float32 if cast else dtype).train()
     mixed = torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32)
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, mixed:
@@ -120,13 +117,10 @@ def memory(
     """
     model = meta_model(config)
     all_weights, block = parameters(model), parameters(model.layers[0])
-    if data_parallel == "ddp":
-        states = 4.0 * all_weights
-        activations = step_bytes(config, images, recompute, dtype)
-        return Memory(states, states, 2 * states, states * ema, 0.0, activations)
-    states, width = 4.0 * all_weights / gpus, dtype.itemsize
+    sharded = data_parallel == "fsdp"
+    states = 4.0 * all_weights / (gpus if sharded else 1)
     rest = all_weights - config.n_layer * block  # embeddings, norm and head: one group, whole until the step's end
     # Two blocks (the next one is fetched ahead), the buffer they come in, one block's gradients, their float32 sums.
-    gathered = width * (2 * rest + 4 * block) + 4 * block
-    activations = step_bytes(config, images, recompute, dtype, cast=False)
+    gathered = dtype.itemsize * (2 * rest + 4 * block) + 4 * block if sharded else 0
+    activations = step_bytes(config, images, recompute, dtype, cast=not sharded)
     return Memory(states, states, 2 * states, states * ema, gathered, activations)

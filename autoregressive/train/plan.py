@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Sequence
+from itertools import product
 from typing import NamedTuple
 
 from pydantic import model_validator
@@ -100,19 +101,14 @@ class Way(NamedTuple):
 
 def ways(s: PlanSettings, config: GPTConfig) -> list[Way]:
     """ddp and fsdp, without and with recomputing, each with the largest part of a GPU's batch that fits."""
-    found = []
-    for recompute in (False, True):
-        for data_parallel in ("ddp", "fsdp") if s.gpus > 1 else ("ddp",):
-            images = s.global_batch_size // s.gpus
-            while True:
-                held = memory(
-                    config, images, data_parallel=data_parallel, gpus=s.gpus, recompute=recompute, ema=s.ema
-                )  # fmt: skip
-                fits = held.total <= USABLE * GPUS[s.gpu][0] * 1e9
-                if fits or images == 1:
-                    break
-                images = max(part for part in range(1, images // 2 + 1) if images % part == 0)
-            found.append(Way(data_parallel, recompute, images, held, fits))
+    found, whole = [], s.global_batch_size // s.gpus
+    parts = [images for images in range(whole, 0, -1) if whole % images == 0]
+    for recompute, data_parallel in product((False, True), ("ddp", "fsdp") if s.gpus > 1 else ("ddp",)):
+        for images in parts:
+            held = memory(config, images, data_parallel=data_parallel, gpus=s.gpus, recompute=recompute, ema=s.ema)
+            if fits := held.total <= USABLE * GPUS[s.gpu][0] * 1e9:
+                break
+        found.append(Way(data_parallel, recompute, images, held, fits))
     return found
 
 
