@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -16,9 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from autoregressive.train.toy import SCRIPT, flags, rows, write_codes
+from autoregressive.train.testing import SCRIPT, flags, rows, save_tokenizer, write_codes
 from dataset.codes import toy
-from tokenizer.tokenizer_image import vq_model
 from utils import checkpoint
 from utils.files import sha256
 from utils.log import read_metrics
@@ -143,9 +141,8 @@ def test_kill_9_in_the_middle_of_an_epoch_and_across_a_level(whole, code_path, t
     assert f"warning: {newest}" in result.stdout and "is truncated" in result.stdout and "set aside" in result.stdout
     assert f"of {STEPS} from " in result.stdout
     assert_same(folder, whole(processes, precision))
-    assert (
-        len(list((folder / "checkpoints").glob("[0-9]*.pt"))) == 4
-    )  # the ends of both levels and the two newest others
+    kept = list((folder / "checkpoints").glob("[0-9]*.pt"))
+    assert len(kept) == 4  # the ends of both levels and the two newest others
 
 
 @pytest.mark.slow
@@ -225,10 +222,8 @@ def test_another_number_of_processes_resumes_with_the_same_data(code_path, tmp_p
 
 def test_sharded_training_is_that_of_one_process(tmp_path):
     """Two shards, killed; four, killed in the next level; one process: losses, validation, weights and moments of one."""
-    config = vq_model.preset("VQ-4-small", codebook_size=64)
-    content = {"model": vq_model.VQModel(config).state_dict(), "config": asdict(config), "vq_model": "VQ-4-small"}
-    checkpoint.save(tmp_path / "vq.pt", content)
-    toy.write_codes(tmp_path, images=48, tokens=64, codebook=64, tokenizer_sha256=sha256(tmp_path / "vq.pt"))
+    vq_ckpt = save_tokenizer(tmp_path / "vq.pt", codebook_size=64)
+    toy.write_codes(tmp_path, images=48, tokens=64, codebook=64, tokenizer_sha256=sha256(vq_ckpt))
     same = (
         "--dropout-p",
         "0",
@@ -236,12 +231,12 @@ def test_sharded_training_is_that_of_one_process(tmp_path):
         "0",
         "--mixed-precision",
         "fp32",
-        "--vq-ckpt",
-        tmp_path / "vq.pt",
-        "--sample-every",
-        "3",
+        "--epochs",
+        "4",
+        "--ckpt-every",
+        "5",
     )
-    same += ("--epochs", "4", "--ckpt-every", "5")
+    same += ("--vq-ckpt", vq_ckpt, "--sample-every", "3")
     arguments = command(tmp_path, tmp_path / "a", *same)
     folder, whole = (tmp_path / name / "000-GPT-XXS" for name in "ab")
     sharded = [*arguments, "--data-parallel", "fsdp"]

@@ -2,7 +2,6 @@
 
 import math
 import re
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -12,10 +11,8 @@ from PIL import Image
 from autoregressive.models.gpt import GPTConfig, Transformer
 from autoregressive.train import train_c2i
 from autoregressive.train.gpt_task import Data
-from autoregressive.train.toy import SCRIPT, flags, rows, write_codes
+from autoregressive.train.testing import SCRIPT, flags, rows, save_tokenizer, write_codes
 from dataset.codes import Codes, toy
-from tokenizer.tokenizer_image.vq_model import VQModel
-from tokenizer.tokenizer_image.vq_model import preset as vq_preset
 from utils import checkpoint
 from utils.cli import InputError
 from utils.files import sha256
@@ -28,17 +25,13 @@ def code_path(tmp_path_factory):
     return write_codes(tmp_path_factory.mktemp("codes"))
 
 
-def published(code_path, results) -> list[str]:
-    """The flags without a schedule."""
-    arguments = flags(code_path, results)
-    for flag in ("--epochs", "--patch-level"):
-        at = arguments.index(flag)
-        del arguments[at : at + 2]
-    return arguments
+def train(code_path, results, *more, processes=1, without=()):
+    return run_script(SCRIPT, *flags(code_path, results, without), *more, processes=processes)
 
 
-def train(code_path, results, *more, processes=1, **options):
-    return run_script(SCRIPT, *flags(code_path, results), *more, processes=processes, **options)
+def train_by(code_path, results, *schedule):
+    """With a schedule of its own."""
+    return train(code_path, results, *schedule, without=("epochs", "patch-level"))
 
 
 @pytest.fixture(scope="module")
@@ -49,38 +42,26 @@ def finished(code_path, tmp_path_factory):
     return results / "000-GPT-XXS", result
 
 
-class TestRun:
-    def test_losses(self, finished):
-        losses = rows(finished[0], "loss")
-        assert len(losses) == 24
-        assert losses[0] == pytest.approx(math.log(64), rel=1e-5)
-        assert losses[-1] < math.log(64) - 0.3
+def test_a_run_says_and_keeps_what_it_did(finished, code_path):
+    """Losses from ln(vocabulary) down, validation in every epoch, whole checkpoints at the ends of the levels, curves."""
+    folder, result = finished
+    losses = rows(folder, "loss")
+    assert len(losses) == 24
+    assert losses[0] == pytest.approx(math.log(64), rel=1e-5)
+    assert losses[-1] < math.log(64) - 0.3
+    assert [len(rows(folder, key)) for key in ("val_loss", "val_loss_p2", "val_loss_ema")] == [4, 2, 4]
+    assert "cost relative to next-token training of the same epochs: 0.625" in result.stdout
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
-    def test_the_token_level_validation_loss_is_reported_in_every_epoch(self, finished):
-        assert len(rows(finished[0], "val_loss")) == 4
-        assert len(rows(finished[0], "val_loss_p2")) == 2
-        assert len(rows(finished[0], "val_loss_ema")) == 4
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["0000012.pt", "0000024.pt"]
+    content = checkpoint.load(folder / "checkpoints" / "0000024.pt")
+    assert (content["config"]["vocab_size"], content["classes"], content["steps"]) == (64, ["a", "b", "c"], 24)
+    checkpoint.load_weights(Transformer(GPTConfig(**content["config"])), content["ema"], "ema")
+    assert len(list((folder.parent / "cloud").glob("000-GPT-XXS-*/checkpoints/0000024.pt"))) == 1
 
-    def test_the_plan_is_printed(self, finished):
-        assert "cost relative to next-token training of the same epochs: 0.625" in finished[1].stdout
-
-    def test_checkpoints_at_the_end_of_each_level_are_plain_and_complete(self, finished):
-        folder = finished[0] / "checkpoints"
-        assert sorted(path.name for path in folder.iterdir()) == ["0000012.pt", "0000024.pt"]
-        content = checkpoint.load(folder / "0000024.pt")
-        assert content["config"]["vocab_size"] == 64
-        assert content["classes"] == ["a", "b", "c"]
-        assert content["steps"] == 24
-        checkpoint.load_weights(Transformer(GPTConfig(**content["config"])), content["ema"], "ema")
-        assert len(list((finished[0].parent / "cloud").glob("000-GPT-XXS-*/checkpoints/0000024.pt"))) == 1
-
-    def test_a_curve_is_drawn(self, finished):
-        assert (finished[0] / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-    def test_finished_work_is_not_redone(self, finished, code_path):
-        result = train(code_path, finished[0].parent, "--ema", "--cloud-save-path", finished[0].parent / "cloud")
-        assert result.returncode == 0
-        assert "is finished already" in result.stdout
+    again = train(code_path, folder.parent, "--ema", "--cloud-save-path", folder.parent / "cloud")
+    assert again.returncode == 0
+    assert "is finished already" in again.stdout
 
 
 @pytest.mark.parametrize(("precision", "off"), [("fp32", 1e-4), ("bf16", 5e-2)])
@@ -89,17 +70,9 @@ def test_two_processes_give_the_losses_of_one(code_path, tmp_path, precision, of
 
     In bf16 the gradient of each part is rounded before the parts are added up.
     """
-    flags = (
-        "--dropout-p",
-        "0",
-        "--token-dropout-p",
-        "0",
-        "--mixed-precision",
-        precision,
-        "--gradient-accumulation-steps",
-    )
-    for processes in (1, 2):
-        result = train(code_path, tmp_path / str(processes), *flags, processes, processes=processes)
+    flags = ("--dropout-p", "0", "--token-dropout-p", "0", "--mixed-precision", precision)
+    for n in (1, 2):
+        result = train(code_path, tmp_path / str(n), *flags, "--gradient-accumulation-steps", n, processes=n)
         assert result.returncode == 0, result.stderr
     one, two = (tmp_path / str(n) / "000-GPT-XXS" for n in (1, 2))
     for key in ("loss", "grad_norm", "val_loss"):
@@ -110,7 +83,7 @@ class TestSchedules:
     def test_any_schedule_in_steps(self, code_path, tmp_path):
         """Also one that changes level in the middle of an epoch and ends there."""
         levels = ("--patch-sizes", "4", "1", "2", "--patch-steps", "3", "4", "9")
-        result = run_script(SCRIPT, *published(code_path, tmp_path), *levels)
+        result = train_by(code_path, tmp_path, *levels)
         assert result.returncode == 0, result.stderr
         folder = tmp_path / "000-GPT-XXS"
         assert rows(folder, "step")[-1] == 16
@@ -124,7 +97,7 @@ class TestSchedules:
 
     def test_free_levels_give_the_losses_of_the_published_flags(self, finished, code_path, tmp_path):
         levels = ("--patch-sizes", "2", "1", "--patch-epochs", "2", "2", "--ema")
-        assert run_script(SCRIPT, *published(code_path, tmp_path), *levels).returncode == 0
+        assert train_by(code_path, tmp_path, *levels).returncode == 0
         assert rows(tmp_path / "000-GPT-XXS", "loss") == rows(finished[0], "loss")
 
     def test_a_dry_run_prints_and_draws_the_plan_and_nothing_else(self, code_path, tmp_path):
@@ -149,27 +122,26 @@ class TestSchedules:
         ],
     )
     def test_wrong_schedules(self, code_path, tmp_path, levels, parts):
-        assert_refused(run_script(SCRIPT, *published(code_path, tmp_path), *levels), *parts)
+        assert_refused(train_by(code_path, tmp_path, *levels), *parts)
         assert not list(tmp_path.iterdir())
 
 
 def test_validation_on_a_split(code_path, tmp_path):
     """Held-out images are not trained on: 5 of 48 leave 43, 5 steps of 8 an epoch."""
-    arguments = published(code_path, tmp_path)
-    arguments = [a for i, a in enumerate(arguments) if "--val-code-path" not in (a, arguments[i - 1])]
-    result = run_script(SCRIPT, *arguments, "--epochs", "2", "--val-split", "0.1")
+    result = train(
+        code_path, tmp_path, "--epochs", "2", "--patch-level", "2", "--val-split", "0.1", without=("val-code-path",)
+    )
     assert result.returncode == 0, result.stderr
     assert "43 images of 16 codes in 2 views" in result.stdout
     assert rows(tmp_path / "000-GPT-XXS", "step")[-1] == 10
     data = Data.split(Codes(code_path, "toy", 32), 0.1)
     assert sorted([*data.images, *data.val_images]) == list(range(48)) and len(data.val_images) == 5
-    assert_refused(run_script(SCRIPT, *published(code_path, tmp_path), "--val-split", "0.1"), "two ways")
+    assert_refused(train(code_path, tmp_path, "--val-split", "0.1"), "two ways")
 
 
 def test_two_code_folders_are_views_of_the_same_images(code_path, tmp_path):
     write_codes(tmp_path / "other", seed=1)
-    arguments = [str(code_path), str(tmp_path / "other")]
-    result = run_script(SCRIPT, *flags(code_path, tmp_path), "--code-path", *arguments)
+    result = train(code_path, tmp_path, "--code-path", code_path, tmp_path / "other")
     assert result.returncode == 0, result.stderr
     assert "48 images of 16 codes in 4 views" in result.stdout
     toy.write_codes(tmp_path / "fewer", images=40, codebook=64)
@@ -187,9 +159,7 @@ def test_tensorboard(code_path, tmp_path):
 
 def test_samples_are_drawn_while_training(tmp_path):
     """A grid every so many epochs and at the end, labelled, without a change to the run; by the codes' tokenizer only."""
-    config = vq_preset("VQ-4-small", codebook_size=64)
-    file = tmp_path / "vq.pt"
-    checkpoint.save(file, {"model": VQModel(config).state_dict(), "vq_model": "VQ-4-small", "config": asdict(config)})
+    file = save_tokenizer(tmp_path / "vq.pt", codebook_size=64)
     toy.write_codes(tmp_path, images=48, tokens=64, codebook=64, tokenizer_sha256=sha256(file))
     flags = ("--epochs", "3", "--ema")
     result = train(tmp_path, tmp_path / "with", "--vq-ckpt", file, "--sample-every", "2", *flags)
@@ -201,15 +171,12 @@ def test_samples_are_drawn_while_training(tmp_path):
     assert train(tmp_path, tmp_path / "without", *flags).returncode == 0
     assert rows(tmp_path / "without" / "000-GPT-XXS", "loss") == rows(folder, "loss")
 
-    other = tmp_path / "other.pt"
-    checkpoint.save(other, {"model": VQModel(config).state_dict(), "vq_model": "VQ-4-small", "config": asdict(config)})
+    other = save_tokenizer(tmp_path / "other.pt", codebook_size=64)
     assert_refused(train(tmp_path, tmp_path, "--vq-ckpt", other), "other.pt is not the tokenizer of these codes")
 
 
 def test_a_tokenizer_of_another_grid_is_refused(code_path, tmp_path):
-    file = tmp_path / "vq.pt"
-    checkpoint.save(file, {"model": VQModel(vq_preset("VQ-4-small")).state_dict(), "vq_model": "VQ-4-small",
-                           "config": asdict(vq_preset("VQ-4-small"))})  # fmt: skip
+    file = save_tokenizer(tmp_path / "vq.pt", codebook_size=512)
     assert_refused(train(code_path, tmp_path, "--vq-ckpt", file), "makes 64 codes of 512", "these codes are 16 of 64")
 
 
@@ -273,35 +240,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(code_path, tmp_path, log_every,
 
 
 class TestWrongInputs:
-    def test_missing_code_folder(self, tmp_path):
-        assert_refused(train(tmp_path / "nowhere", tmp_path), "there is no folder", "nowhere")
-
-    def test_codes_of_another_size(self, code_path, tmp_path):
-        assert_refused(train(code_path, tmp_path, "--image-size", "64"), "no toy64_codes", "toy32")
-
-    def test_patch_side_that_does_not_divide_the_grid(self, code_path, tmp_path):
-        assert_refused(
-            train(code_path, tmp_path, "--patch-level", "4", "--epochs", "8"), "does not divide the grid of 4x4"
-        )
-
-    def test_batch_not_divisible_by_processes(self, code_path, tmp_path):
-        flags = ("--global-batch-size", "7")
-        assert_refused(train(code_path, tmp_path, *flags, processes=2), "--global-batch-size 7", "2 processes")
-
-    def test_checkpoint_of_another_preset(self, finished, code_path, tmp_path):
-        start = finished[0] / "checkpoints" / "0000024.pt"
-        result = train(code_path, tmp_path, "--gpt-model", "GPT-XS", "--gpt-ckpt", start)
-        assert_refused(result, "does not fit", "GPT-XS", "tok_embeddings.weight is (64, 128)")
-        assert not list(tmp_path.iterdir())
-
-    def test_truncated_checkpoint(self, finished, code_path, tmp_path):
-        broken = tmp_path / "broken.pt"
-        broken.write_bytes((finished[0] / "checkpoints" / "0000024.pt").read_bytes()[:5000])
-        assert_refused(train(code_path, tmp_path, "--gpt-ckpt", broken), "broken.pt", "truncated")
-
     @pytest.mark.parametrize(
         ("flags", "parts"),
         [
+            (("--code-path", "nowhere"), ("there is no folder", "nowhere")),
+            (("--image-size", "64"), ("no toy64_codes", "toy32")),
+            (("--patch-level", "4", "--epochs", "8"), ("does not divide the grid of 4x4",)),
             (("--epoch-rate", "1.5"), ("--epoch-rate", "(0, 1]", "1.5")),
             (("--gpt-model", "GPT-Z"), ("--gpt-model", "GPT-Z", "GPT-B")),
             (("--num-classes", "2"), ("labels go up to 2", "--num-classes is 2")),
@@ -310,3 +254,15 @@ class TestWrongInputs:
     )
     def test_flags(self, code_path, tmp_path, flags, parts):
         assert_refused(train(code_path, tmp_path, *flags), *parts)
+
+    def test_batch_not_divisible_by_processes(self, code_path, tmp_path):
+        flags = ("--global-batch-size", "7")
+        assert_refused(train(code_path, tmp_path, *flags, processes=2), "--global-batch-size 7", "2 processes")
+
+    def test_checkpoints_of_another_preset_and_truncated_ones(self, finished, code_path, tmp_path):
+        start, broken = finished[0] / "checkpoints" / "0000024.pt", tmp_path / "broken.pt"
+        result = train(code_path, tmp_path, "--gpt-model", "GPT-XS", "--gpt-ckpt", start)
+        assert_refused(result, "does not fit", "GPT-XS", "tok_embeddings.weight is (64, 128)")
+        assert not list(tmp_path.iterdir())
+        broken.write_bytes(start.read_bytes()[:5000])
+        assert_refused(train(code_path, tmp_path, "--gpt-ckpt", broken), "broken.pt", "truncated")
