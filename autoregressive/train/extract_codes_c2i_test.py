@@ -2,13 +2,8 @@
 
 import io
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +29,7 @@ from utils.distributed import World
 from utils.fake_gpu import GPU, fake_gpu
 from utils.files import file_lock
 from utils.pixels import to_float
-from utils.testing import ROOT, assert_refused, fill_by_formula, run_on_machines, run_script, wait_for
+from utils.testing import assert_refused, fill_by_formula, run_on_machines, run_script, start_forks, wait_for
 
 SCRIPT = "autoregressive/train/extract_codes_c2i.py"
 
@@ -59,10 +54,6 @@ def vq_ckpt(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "vq.pt"
     checkpoint.save(path, {"model": model.state_dict(), "config": asdict(config), "vq_model": "VQ-4-small"})
     return path
-
-
-def extract(images, vq_ckpt, code_path, *flags, **options):
-    return run_script(SCRIPT, *arguments(images, vq_ckpt, code_path, *flags), **options)
 
 
 @pytest.fixture
@@ -128,7 +119,8 @@ def test_a_run_that_was_cut_off_is_completed_to_the_same_bytes_by_any_number_of_
     (cut / "toy16_codes" / "00001.npy").unlink()
     (cut / "toy16_labels" / "00002.npy").unlink()
     kept = (cut / "toy16_codes" / "00000.npy").stat().st_mtime_ns
-    result = extract(images, vq_ckpt, cut, "--batch-size", "3", "--num-workers", "1", processes=2)
+    flags = ("--batch-size", "3", "--num-workers", "1")
+    result = run_script(SCRIPT, *arguments(images, vq_ckpt, cut, *flags), processes=2)
     assert result.returncode == 0, result.stderr
     assert files(cut) == files(whole)
     assert (cut / "toy16_codes" / "00000.npy").stat().st_mtime_ns == kept
@@ -217,23 +209,25 @@ def test_several_crop_ranges_from_one_reading(images, vq_ckpt, tmp_path, in_proc
     assert len(read) == 4
 
 
+def encoded(image: Image.Image, kind: str) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
 def damages(rng: random.Random) -> dict[str, bytes]:
     """Over forty files that are no good: cut, altered, of wrong headers, or nothing at all."""
     pixels = Image.fromarray(np.random.default_rng(0).integers(256, size=(40, 60, 3), dtype=np.uint8))
     bad = {"empty": b"", "text": b"not an image\n", "zeros": bytes(500), "noise": rng.randbytes(900)}
     for kind in ("JPEG", "PNG", "BMP", "WEBP", "TIFF"):
-        file = io.BytesIO()
-        pixels.save(file, kind)
-        good = file.getvalue()
+        good = encoded(pixels, kind)
         for share in (0.001, 0.1, 0.5, 0.9):
             bad[f"{kind}-cut-{share}"] = good[: max(1, int(share * len(good)))]
         bad[f"{kind}-zeroed"] = bytes(len(good))
         bad[f"{kind}-no-header"] = good[16:]
         bad[f"{kind}-magic"] = b"\x00\xff" + good[2:]
         bad[f"{kind}-twice"] = good[:10] + good[:20]
-    file = io.BytesIO()
-    Image.new("1", (20000, 20000)).save(file, "PNG")
-    return {**bad, "bomb": file.getvalue()}
+    return {**bad, "bomb": encoded(Image.new("1", (20000, 20000)), "PNG")}
 
 
 @pytest.mark.parametrize("layout", ["packed", "per-image"])
@@ -258,10 +252,9 @@ def test_damaged_files_are_recorded_and_shift_nothing(images, vq_ckpt, tmp_path,
     got, labels = codes.batch(np.arange(11))
     assert np.array_equal(got, expected[:, 0])
     assert np.array_equal(labels, good.labels)
-    assert "is complete already" in in_process(
-        tmp_path / "images", vq_ckpt, tmp_path / "out", "--no-flip", "--layout", layout, "--num-workers", "1"
-    )
-    in_process(tmp_path / "images", vq_ckpt, tmp_path / "again", "--no-flip", "--layout", layout, "--num-workers", "1")
+    flags = ("--no-flip", "--layout", layout, "--num-workers", "1")
+    assert "is complete already" in in_process(tmp_path / "images", vq_ckpt, tmp_path / "out", *flags)
+    in_process(tmp_path / "images", vq_ckpt, tmp_path / "again", *flags)
     assert files(tmp_path / "again") == whole
 
 
@@ -269,13 +262,9 @@ def test_flipped_bytes_never_stop_it(images, vq_ckpt, tmp_path, in_process):
     """A file with random wrong bytes is read as something or skipped, as Pillow has it; the others are as ever."""
     rng, good = random.Random(0), Path(ImageFolder(images).paths[0])
     (tmp_path / "images" / "a").mkdir(parents=True)
-    buffers = {}
-    for kind in ("PNG", "JPEG", "BMP", "WEBP", "TIFF"):
-        file = io.BytesIO()
-        Image.open(good).save(file, kind)
-        buffers[kind] = file.getvalue()
+    buffers = [encoded(Image.open(good), kind) for kind in ("PNG", "JPEG", "BMP", "WEBP", "TIFF")]
     for i in range(60):
-        content = bytearray(buffers[rng.choice(list(buffers))])
+        content = bytearray(rng.choice(buffers))
         for _ in range(rng.choice((1, 5, 50))):
             content[rng.randrange(len(content) if i % 2 else 40)] = rng.randrange(256)
         (tmp_path / "images" / "a" / f"{i:02d}.jpg").write_bytes(content)
@@ -311,19 +300,12 @@ def test_a_changed_tree_is_not_mixed_in(images, vq_ckpt, tmp_path, in_process):
 def test_killed_at_any_moment_it_is_completed_to_the_same_bytes(images, vq_ckpt, tmp_path, in_process):
     in_process(images, vq_ckpt, tmp_path / "whole", "--layout", "per-image")
     rng = random.Random(0)
-    command = [sys.executable, SCRIPT, *map(str, arguments(images, vq_ckpt, tmp_path / "cut", "--layout", "per-image"))]
+    command = [SCRIPT, *map(str, arguments(images, vq_ckpt, tmp_path / "cut", "--layout", "per-image"))]
+    begun = tmp_path / "cut" / "toy16.unfinished.json"
     for _ in range(4):
-        run = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        begun = tmp_path / "cut" / "toy16.unfinished.json"
-        wait_for(
-            "the extraction has begun or ended", lambda run=run, begun=begun: run.poll() is not None or begun.exists()
-        )
-        time.sleep(rng.uniform(0, 0.3))
-        run.send_signal(signal.SIGKILL)
-        run.wait()
+        with start_forks(command) as (fork,):
+            wait_for("the extraction has begun or ended", lambda fork=fork: fork.exitcode is not None or begun.exists())
+            fork.join(rng.uniform(0, 0.3))
     in_process(images, vq_ckpt, tmp_path / "cut", "--layout", "per-image")
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
@@ -420,7 +402,7 @@ class TestWrongInputs:
             (tmp_path / "a" / f"{i}.png").write_bytes(source if i < 4 else source[:-40])
         flags = ("--num-workers", workers, "--strict")
         if processes == 2:
-            result = extract(tmp_path, vq_ckpt, tmp_path / "out", *flags, processes=processes)
+            result = run_script(SCRIPT, *arguments(tmp_path, vq_ckpt, tmp_path / "out", *flags), processes=processes)
             assert_refused(result, "4.png cannot be read as an image", "leave out --strict")
         else:
             with pytest.raises(ValueError, match=r"4\.png cannot be read as an image .*leave out --strict"):

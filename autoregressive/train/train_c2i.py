@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the modules of this clone, whatever else is installed
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -19,11 +20,9 @@ from typing import Any
 import torch
 
 from autoregressive.models.gpt import GPT, GPTConfig, Transformer, preset
-from autoregressive.models.patches import grid_side
 from autoregressive.train.fine_tune import fitted
 from autoregressive.train.gpt_task import Data, GPTTask, TrainSettings
 from autoregressive.train.preview import Preview
-from autoregressive.train.schedule import Plan
 from dataset.codes import Codes
 from tokenizer.tokenizer_image.load import Tokenizer
 from utils import checkpoint, cli
@@ -37,8 +36,13 @@ from utils.runs import Run
 
 
 def open_data(settings: TrainSettings) -> Data:
-    """The training and validation codes, checked against the settings."""
+    """The training and validation codes, checked against the settings. Raises InputError for codes in no square grid."""
     codes = Codes(settings.code_path, settings.dataset, settings.image_size)
+    if math.isqrt(codes.tokens) ** 2 != codes.tokens:
+        raise InputError(
+            f"{settings.code_path[0]} has {codes.tokens} codes an image; expected a square grid (64, 256, 576, ...): "
+            "this GPT knows a code by its row and column, so it learns neither 1-D nor oblong tokenizers"
+        )
     if settings.val_code_path:
         val = Codes(settings.val_code_path, settings.dataset, settings.image_size)
         if val.tokens != codes.tokens:
@@ -55,19 +59,6 @@ def open_data(settings: TrainSettings) -> Data:
         data = Data.split(codes, settings.val_split) if settings.val_split else Data(codes)
     settings.check_batch(len(data), world_size())
     return data
-
-
-def make_plan(settings: TrainSettings, data: Data) -> Plan:
-    """The levels of the run, in steps. Raises InputError for codes in no square grid, or a schedule that does not fit it."""
-    tokens = data.codes.tokens
-    try:
-        grid_side(tokens)
-    except ValueError:
-        raise InputError(
-            f"{settings.code_path[0]} has {tokens} codes an image; expected a square grid (64, 256, 576, ...): "
-            "this GPT knows a code by its row and column, so it learns neither 1-D nor oblong tokenizers"
-        ) from None
-    return settings.plan(settings.lr, len(data) // settings.global_batch_size, tokens)
 
 
 def gpt_config(settings: TrainSettings, data: Data) -> GPTConfig:
@@ -149,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if settings.tensorboard:
         event_writer()
     data = open_data(settings)
-    plan = make_plan(settings, data)
+    plan = settings.plan(settings.lr, len(data) // settings.global_batch_size, data.codes.tokens)
     config = gpt_config(settings, data)
     table = plan.table(settings.global_batch_size, data.codes.tokens, config.training_flops)
     if settings.dry_run:
