@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from autoregressive.models.gpt import Transformer, preset
-from autoregressive.train import testing
 from autoregressive.train.fine_tune import TABLE, fitted
+from autoregressive.train.testing import SCRIPT, flags, write_codes
 from utils import checkpoint
 from utils.cli import InputError
 from utils.records import read_json
@@ -67,14 +67,14 @@ def test_a_wrong_pair_is_one_line(text, part):
 
 
 def test_a_training_starts_from_other_classes_says_so_and_records_it(tmp_path):
-    codes = testing.write_codes(tmp_path / "codes")
+    codes = write_codes(tmp_path / "codes")
     torch.manual_seed(0)
     config = preset("GPT-XXS", vocab_size=64, num_classes=7, block_size=64)
     model = fill_by_formula(Transformer(config))
     start = tmp_path / "start.pt"
     checkpoint.save(start, {"model": model.state_dict(), "config": asdict(config), "steps": 3})
-    flags = [*testing.flags(codes, tmp_path / "runs"), "--epochs", "1", "--patch-level", "1"]
-    result = run_script(testing.SCRIPT, *flags, "--gpt-ckpt", start, "--init-classes", "0=6")
+    arguments = [*flags(codes, tmp_path / "runs"), "--epochs", "1", "--patch-level", "1"]
+    result = run_script(SCRIPT, *arguments, "--gpt-ckpt", start, "--init-classes", "0=6")
     assert result.returncode == 0, result.stderr
     line = "class table of 7 classes made anew for 3 (1 by --init-classes, 2 as the mean); null class kept"
     assert f"grid of 8x8 codes, now 4x4; {line}" in result.stderr
@@ -82,7 +82,6 @@ def test_a_training_starts_from_other_classes_says_so_and_records_it(tmp_path):
     assert args["start_changed"].endswith(line) and args["init_classes"] == ["0=6"]
     other = preset("GPT-XXS", vocab_size=32, num_classes=7, block_size=64)
     checkpoint.save(start, {"model": Transformer(other).state_dict(), "config": asdict(other), "steps": 3})
-    assert_refused(
-        run_script(testing.SCRIPT, *flags, "--fresh", "--gpt-ckpt", start), "tok_embeddings.weight is (32, 128)"
-    )
-    assert_refused(run_script(testing.SCRIPT, *flags, "--init-classes", "0=6"), "--gpt-ckpt")
+    other_weights = run_script(SCRIPT, *arguments, "--fresh", "--gpt-ckpt", start)
+    assert_refused(other_weights, "tok_embeddings.weight is (32, 128)")
+    assert_refused(run_script(SCRIPT, *arguments, "--init-classes", "0=6"), "--gpt-ckpt")

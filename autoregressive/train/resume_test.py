@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autoregressive.train.testing import SCRIPT, flags, rows, save_tokenizer, write_codes
+from autoregressive.train.testing import SCRIPT, completed, flags, rows, save_tokenizer, write_codes
 from dataset.codes import toy
 from utils import checkpoint
 from utils.files import sha256
@@ -108,8 +108,7 @@ def whole(code_path, tmp_path_factory):
     def run(processes: int, precision: str = "auto") -> Path:
         results = tmp_path_factory.mktemp("whole")
         flags = ("--mixed-precision", precision)
-        result = run_script(SCRIPT, *command(code_path, results, *flags), processes=processes, OMP_NUM_THREADS="1")
-        assert result.returncode == 0, result.stderr
+        completed(*command(code_path, results, *flags), processes=processes)
         return results / "000-GPT-XXS"
 
     return run
@@ -136,10 +135,9 @@ def test_kill_9_in_the_middle_of_an_epoch_and_across_a_level(whole, code_path, t
         assert all(checkpoint.load(path)["steps"] <= STEPS for path in (folder / "checkpoints").glob("[0-9]*.pt"))
     newest = max((folder / "checkpoints").glob("[0-9]*.pt"))
     newest.write_bytes(newest.read_bytes()[:1000])
-    result = run_script(SCRIPT, *arguments, processes=processes, OMP_NUM_THREADS="1")
-    assert result.returncode == 0, result.stderr
-    assert f"warning: {newest}" in result.stdout and "is truncated" in result.stdout and "set aside" in result.stdout
-    assert f"of {STEPS} from " in result.stdout
+    printed = completed(*arguments, processes=processes)
+    for part in (f"warning: {newest}", "is truncated", "set aside", f"of {STEPS} from "):
+        assert part in printed
     assert_same(folder, whole(processes, precision))
     kept = list((folder / "checkpoints").glob("[0-9]*.pt"))
     assert len(kept) == 4  # the ends of both levels and the two newest others
@@ -186,8 +184,7 @@ def test_a_signal_saves_and_ends_cleanly(whole, code_path, tmp_path, number, sta
     assert f"by {number.name}; the same command continues" in line
     stopped = int(line.split("stopped at step ")[1].split()[0])
     assert max((folder / "checkpoints").iterdir()).name == f"{stopped:07d}.pt"
-    result = run_script(SCRIPT, *arguments, processes=processes, OMP_NUM_THREADS="1")
-    assert f"continuing at step {stopped} of {STEPS}" in result.stdout, result.stderr
+    assert f"continuing at step {stopped} of {STEPS}" in completed(*arguments, processes=processes)
     losses = rows(whole(processes), "loss")
     found = {row["step"]: row["loss"] for row in read_metrics(folder) if "loss" in row}
     assert list(found) == [1, 10, 20, 30, 36, 40, 50, 60, 70, 72]
@@ -213,8 +210,8 @@ def test_another_number_of_processes_resumes_with_the_same_data(code_path, tmp_p
     arguments = command(code_path, tmp_path / "a", *off)
     folder = tmp_path / "a" / "000-GPT-XXS"
     end_at(40, signal.SIGKILL, arguments, folder, processes=1)
-    assert run_script(SCRIPT, *arguments, processes=2).returncode == 0
-    assert run_script(SCRIPT, *command(code_path, tmp_path / "b", *off)).returncode == 0
+    completed(*arguments, processes=2)
+    completed(*command(code_path, tmp_path / "b", *off))
     whole = tmp_path / "b" / "000-GPT-XXS"
     assert rows(folder, "loss") == pytest.approx(rows(whole, "loss"), rel=1e-4)
     assert rows(folder, "val_loss") == pytest.approx(rows(whole, "val_loss"), rel=1e-4)
@@ -243,8 +240,8 @@ def test_sharded_training_is_that_of_one_process(tmp_path):
     end_at(8, signal.SIGKILL, [*sharded, "--activation-checkpointing"], folder, processes=2)
     end_at(17, signal.SIGKILL, [*sharded, "--gradient-accumulation-steps", "2"], folder, processes=4)
     assert (folder / "checkpoints" / "0000015.pt").is_file()
-    assert run_script(SCRIPT, *arguments).returncode == 0
-    assert run_script(SCRIPT, *command(tmp_path, tmp_path / "b", *same)).returncode == 0
+    completed(*arguments)
+    completed(*command(tmp_path, tmp_path / "b", *same))
     for key in ("loss", "grad_norm", "val_loss", "val_loss_ema", "val_loss_p2"):
         assert rows(folder, key) == pytest.approx(rows(whole, key), rel=1e-5), key
     mine, theirs = (checkpoint.load(f / "checkpoints" / "0000024.pt") for f in (folder, whole))
@@ -264,7 +261,7 @@ def test_sharded_training_on_two_machines_of_two_processes_is_that_of_one_proces
 ):
     """In bf16 the whole weights are rounded, the moments and the sums of gradients are not."""
     same = ("--dropout-p", "0", "--token-dropout-p", "0", "--epochs", "2")
-    assert run_script(SCRIPT, *command(code_path, tmp_path / "one", *same, "--mixed-precision", "fp32")).returncode == 0
+    completed(*command(code_path, tmp_path / "one", *same, "--mixed-precision", "fp32"))
     flags = (*same, "--data-parallel", way, "--mixed-precision", precision)
     run_on_machines(SCRIPT, *command(code_path, tmp_path / "four", *flags), processes=2)
     one, four = (tmp_path / name / "000-GPT-XXS" for name in ("one", "four"))
@@ -325,10 +322,8 @@ def test_changed_arguments(code_path, tmp_path):
     moved = tmp_path / "moved"
     code_path.rename(moved)
     try:
-        result = run_script(SCRIPT, *command(moved, tmp_path), "--log-every", "3")
+        printed = completed(*command(moved, tmp_path), "--log-every", "3")
     finally:
         moved.rename(code_path)
-    assert result.returncode == 0, result.stderr
-    assert "changed since the run was started: log_every 1, now 3" in result.stdout
-    record = json.loads((folder / "run.json").read_text())
-    assert record["finished"]
+    assert "changed since the run was started: log_every 1, now 3" in printed
+    assert json.loads((folder / "run.json").read_text())["finished"]

@@ -11,6 +11,7 @@ from dataset.codes import toy
 from tokenizer.tokenizer_image.vq_model import VQModel, preset
 from utils import checkpoint
 from utils.log import read_metrics
+from utils.testing import run_script
 
 SCRIPT = "autoregressive/train/train_c2i.py"
 
@@ -31,6 +32,13 @@ def flags(code_path: Path, results: Path, without: Collection[str] = ()) -> list
     }  # fmt: skip
     words = [(f"--{name}", str(value)) for name, value in values.items() if name not in without]
     return ["--scheduler", *chain.from_iterable(words)]
+
+
+def completed(*arguments: str | Path, processes: int = 1) -> str:
+    """Run the training command, which must end well; what it prints."""
+    result = run_script(SCRIPT, *arguments, processes=processes, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def rows(folder: Path, key: str) -> list[float]:

@@ -11,13 +11,15 @@ from PIL import Image
 from autoregressive.models.gpt import GPTConfig, Transformer
 from autoregressive.train import train_c2i
 from autoregressive.train.gpt_task import Data
-from autoregressive.train.testing import SCRIPT, flags, rows, save_tokenizer, write_codes
+from autoregressive.train.testing import SCRIPT, completed, flags, rows, save_tokenizer, write_codes
 from dataset.codes import Codes, toy
 from utils import checkpoint
 from utils.cli import InputError
 from utils.files import sha256
 from utils.log import read_metrics
 from utils.testing import assert_refused, run_script
+
+SCHEDULE = ("epochs", "patch-level")  # flags
 
 
 @pytest.fixture(scope="module")
@@ -29,28 +31,27 @@ def train(code_path, results, *more, processes=1, without=()):
     return run_script(SCRIPT, *flags(code_path, results, without), *more, processes=processes)
 
 
-def train_by(code_path, results, *schedule):
-    """With a schedule of its own."""
-    return train(code_path, results, *schedule, without=("epochs", "patch-level"))
+def trained(code_path, results, *more, processes=1, without=()):
+    """What it prints; it must end well."""
+    return completed(*flags(code_path, results, without), *more, processes=processes)
 
 
 @pytest.fixture(scope="module")
 def finished(code_path, tmp_path_factory):
     results = tmp_path_factory.mktemp("run")
-    result = train(code_path, results, "--ema", "--cloud-save-path", results / "cloud")
-    assert result.returncode == 0, result.stderr
-    return results / "000-GPT-XXS", result
+    printed = trained(code_path, results, "--ema", "--cloud-save-path", results / "cloud")
+    return results / "000-GPT-XXS", printed
 
 
 def test_a_run_says_and_keeps_what_it_did(finished, code_path):
     """Losses from ln(vocabulary) down, validation in every epoch, whole checkpoints at the ends of the levels, curves."""
-    folder, result = finished
+    folder, printed = finished
     losses = rows(folder, "loss")
     assert len(losses) == 24
     assert losses[0] == pytest.approx(math.log(64), rel=1e-5)
     assert losses[-1] < math.log(64) - 0.3
     assert [len(rows(folder, key)) for key in ("val_loss", "val_loss_p2", "val_loss_ema")] == [4, 2, 4]
-    assert "cost relative to next-token training of the same epochs: 0.625" in result.stdout
+    assert "cost relative to next-token training of the same epochs: 0.625" in printed
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["0000012.pt", "0000024.pt"]
@@ -59,9 +60,8 @@ def test_a_run_says_and_keeps_what_it_did(finished, code_path):
     checkpoint.load_weights(Transformer(GPTConfig(**content["config"])), content["ema"], "ema")
     assert len(list((folder.parent / "cloud").glob("000-GPT-XXS-*/checkpoints/0000024.pt"))) == 1
 
-    again = train(code_path, folder.parent, "--ema", "--cloud-save-path", folder.parent / "cloud")
-    assert again.returncode == 0
-    assert "is finished already" in again.stdout
+    again = trained(code_path, folder.parent, "--ema", "--cloud-save-path", folder.parent / "cloud")
+    assert "is finished already" in again
 
 
 @pytest.mark.parametrize(("precision", "off"), [("fp32", 1e-4), ("bf16", 5e-2)])
@@ -72,8 +72,7 @@ def test_two_processes_give_the_losses_of_one(code_path, tmp_path, precision, of
     """
     flags = ("--dropout-p", "0", "--token-dropout-p", "0", "--mixed-precision", precision)
     for n in (1, 2):
-        result = train(code_path, tmp_path / str(n), *flags, "--gradient-accumulation-steps", n, processes=n)
-        assert result.returncode == 0, result.stderr
+        trained(code_path, tmp_path / str(n), *flags, "--gradient-accumulation-steps", n, processes=n)
     one, two = (tmp_path / str(n) / "000-GPT-XXS" for n in (1, 2))
     for key in ("loss", "grad_norm", "val_loss"):
         np.testing.assert_allclose(rows(one, key), rows(two, key), rtol=off)
@@ -83,31 +82,29 @@ class TestSchedules:
     def test_any_schedule_in_steps(self, code_path, tmp_path):
         """Also one that changes level in the middle of an epoch and ends there."""
         levels = ("--patch-sizes", "4", "1", "2", "--patch-steps", "3", "4", "9")
-        result = train_by(code_path, tmp_path, *levels)
-        assert result.returncode == 0, result.stderr
+        printed = trained(code_path, tmp_path, *levels, without=SCHEDULE)
         folder = tmp_path / "000-GPT-XXS"
         assert rows(folder, "step")[-1] == 16
         found = {row["step"]: row["patch"] for row in read_metrics(folder) if "loss" in row}
         assert found == {step: 4 if step <= 3 else 1 if step <= 7 else 2 for step in range(1, 17)}
         assert len(rows(folder, "val_loss")) == 5  # two epochs, and the ends of the levels
-        assert "note: the last level is not on single codes" in result.stdout
+        assert "note: the last level is not on single codes" in printed
         assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
             "0000003.pt", "0000007.pt", "0000016.pt",
         ]  # fmt: skip
 
     def test_free_levels_give_the_losses_of_the_published_flags(self, finished, code_path, tmp_path):
         levels = ("--patch-sizes", "2", "1", "--patch-epochs", "2", "2", "--ema")
-        assert train_by(code_path, tmp_path, *levels).returncode == 0
+        trained(code_path, tmp_path, *levels, without=SCHEDULE)
         assert rows(tmp_path / "000-GPT-XXS", "loss") == rows(finished[0], "loss")
 
     def test_a_dry_run_prints_and_draws_the_plan_and_nothing_else(self, code_path, tmp_path):
-        result = train(code_path, tmp_path, "--dry-run", "--epochs", "100", "--patch-level", "3")
-        assert result.returncode == 0, result.stderr
-        lines = [line.split() for line in result.stdout.splitlines()]
+        printed = trained(code_path, tmp_path, "--dry-run", "--epochs", "100", "--patch-level", "3")
+        lines = [line.split() for line in printed.splitlines()]
         assert [line[:4] for line in lines[1:4]] == [
             ["4x4", "0-25", "150", "1,200"], ["2x2", "25-50", "150", "4,800"], ["1x1", "50-100", "300", "38,400"],
         ]  # fmt: skip
-        assert "cost relative to next-token training of the same epochs: 0.578 (positions)" in result.stdout
+        assert "cost relative to next-token training of the same epochs: 0.578 (positions)" in printed
         assert [path.name for path in tmp_path.iterdir()] == ["plan.png"]
 
     @pytest.mark.parametrize(
@@ -122,17 +119,14 @@ class TestSchedules:
         ],
     )
     def test_wrong_schedules(self, code_path, tmp_path, levels, parts):
-        assert_refused(train_by(code_path, tmp_path, *levels), *parts)
+        assert_refused(train(code_path, tmp_path, *levels, without=SCHEDULE), *parts)
         assert not list(tmp_path.iterdir())
 
 
 def test_validation_on_a_split(code_path, tmp_path):
     """Held-out images are not trained on: 5 of 48 leave 43, 5 steps of 8 an epoch."""
-    result = train(
-        code_path, tmp_path, "--epochs", "2", "--patch-level", "2", "--val-split", "0.1", without=("val-code-path",)
-    )
-    assert result.returncode == 0, result.stderr
-    assert "43 images of 16 codes in 2 views" in result.stdout
+    printed = trained(code_path, tmp_path, "--epochs", "2", "--val-split", "0.1", without=("val-code-path",))
+    assert "43 images of 16 codes in 2 views" in printed
     assert rows(tmp_path / "000-GPT-XXS", "step")[-1] == 10
     data = Data.split(Codes(code_path, "toy", 32), 0.1)
     assert sorted([*data.images, *data.val_images]) == list(range(48)) and len(data.val_images) == 5
@@ -141,16 +135,15 @@ def test_validation_on_a_split(code_path, tmp_path):
 
 def test_two_code_folders_are_views_of_the_same_images(code_path, tmp_path):
     write_codes(tmp_path / "other", seed=1)
-    result = train(code_path, tmp_path, "--code-path", code_path, tmp_path / "other")
-    assert result.returncode == 0, result.stderr
-    assert "48 images of 16 codes in 4 views" in result.stdout
+    printed = trained(code_path, tmp_path, "--code-path", code_path, tmp_path / "other")
+    assert "48 images of 16 codes in 4 views" in printed
     toy.write_codes(tmp_path / "fewer", images=40, codebook=64)
     assert_refused(train(code_path, tmp_path, "--code-path", code_path, tmp_path / "fewer"), "48", "40")
 
 
 def test_tensorboard(code_path, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    assert train(code_path, tmp_path, "--tensorboard").returncode == 0
+    trained(code_path, tmp_path, "--tensorboard")
     folder = tmp_path / "000-GPT-XXS"
     events = accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(rows(folder, "loss"))
@@ -162,13 +155,12 @@ def test_samples_are_drawn_while_training(tmp_path):
     file = save_tokenizer(tmp_path / "vq.pt", codebook_size=64)
     toy.write_codes(tmp_path, images=48, tokens=64, codebook=64, tokenizer_sha256=sha256(file))
     flags = ("--epochs", "3", "--ema")
-    result = train(tmp_path, tmp_path / "with", "--vq-ckpt", file, "--sample-every", "2", *flags)
-    assert result.returncode == 0, result.stderr
+    trained(tmp_path, tmp_path / "with", "--vq-ckpt", file, "--sample-every", "2", *flags)
     folder = tmp_path / "with" / "000-GPT-XXS"
     assert sorted(path.name for path in (folder / "samples").iterdir()) == ["epoch-0002.png", "epoch-0003.png"]
     with Image.open(folder / "samples" / "epoch-0003.png") as grid:
         assert grid.width > 8 * 64 and grid.height > 3 * 64  # 3 classes of 8, 32 px enlarged twice, and their names
-    assert train(tmp_path, tmp_path / "without", *flags).returncode == 0
+    trained(tmp_path, tmp_path / "without", *flags)
     assert rows(tmp_path / "without" / "000-GPT-XXS", "loss") == rows(folder, "loss")
 
     other = save_tokenizer(tmp_path / "other.pt", codebook_size=64)
@@ -189,9 +181,8 @@ def test_what_does_not_fit_the_model_is_refused_before_work(code_path, tmp_path)
     bare = ("--code-path", tmp_path / "bare", "--val-code-path", tmp_path / "bare")
     assert_refused(train(code_path, tmp_path, *bare, "--vocab-size", "32"), "has the code", "the vocabulary is 32")
     assert not list(tmp_path.glob("000*"))
-    result = train(code_path, tmp_path, *bare, "--vocab-size", "64", "--num-classes", "3", "--epochs", "1")
-    assert result.returncode == 0, result.stderr
-    assert "is read from its packed copy" in result.stdout
+    printed = trained(code_path, tmp_path, *bare, "--vocab-size", "64", "--num-classes", "3", "--epochs", "1")
+    assert "is read from its packed copy" in printed
 
 
 def test_codes_that_are_no_square_grid_are_refused_before_they_are_packed(tmp_path):
@@ -204,8 +195,7 @@ def test_codes_that_are_no_square_grid_are_refused_before_they_are_packed(tmp_pa
 
 def test_drop_path_takes_the_place_of_dropout(code_path, tmp_path):
     """As published; the dropout of the embedded input stays."""
-    result = train(code_path, tmp_path, "--drop-path-rate", "0.2", "--epochs", "1")
-    assert result.returncode == 0, result.stderr
+    trained(code_path, tmp_path, "--drop-path-rate", "0.2", "--epochs", "1")
     config = checkpoint.load(tmp_path / "000-GPT-XXS" / "checkpoints" / "0000006.pt")["config"]
     assert (config["drop_path_rate"], config["resid_dropout_p"], config["ffn_dropout_p"]) == (0.2, 0, 0)
     assert config["token_dropout_p"] == 0.1
@@ -213,11 +203,10 @@ def test_drop_path_takes_the_place_of_dropout(code_path, tmp_path):
 
 def test_start_from_given_weights(finished, code_path, tmp_path):
     start = finished[0] / "checkpoints" / "0000024.pt"
-    result = train(code_path, tmp_path, "--gpt-ckpt", start, "--lr", "1e-9")
-    assert result.returncode == 0, result.stderr
+    trained(code_path, tmp_path, "--gpt-ckpt", start, "--lr", "1e-9")
     assert rows(tmp_path / "000-GPT-XXS", "val_loss")[0] == pytest.approx(rows(finished[0], "val_loss")[-1], rel=1e-3)
     other = finished[0] / "checkpoints" / "0000012.pt"  # other weights are another run
-    assert train(code_path, tmp_path, "--gpt-ckpt", other, "--lr", "1e-9").returncode == 0
+    trained(code_path, tmp_path, "--gpt-ckpt", other, "--lr", "1e-9")
     first = [rows(tmp_path / f"00{i}-GPT-XXS", "loss")[0] for i in (0, 1)]
     assert first[0] < first[1] - 0.1
 
