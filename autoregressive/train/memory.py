@@ -38,30 +38,24 @@ class Memory(NamedTuple):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make, until they are freed: `peak` is the most at once."""
+    """Counts the bytes of what operations make, until it is freed: `peak` is the most at once."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known: dict[int, weakref.ref] = {}  # by address: several tensors may share a storage
+        self._known = weakref.WeakSet()  # storages: several tensors may share one
 
-    def _take(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-
-        def freed(_: object) -> None:
-            self.now -= size
-            del self._known[key]
-
-        if key not in self._known:
-            self._known[key] = weakref.ref(storage, freed)
-            self.now += size
-            self.peak = max(self.peak, self.now)
+    def _add(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):
-            if isinstance(value, torch.Tensor):
-                self._take(value.untyped_storage())
+            if isinstance(value, torch.Tensor) and (storage := value.untyped_storage()) not in self._known:
+                self._known.add(storage)
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
         return out
 
 
