@@ -13,6 +13,7 @@ from utils import draw
 from utils.cli import InputError
 from utils.settings import Fraction, NonNegative, Positive, PositiveFraction, PositiveInt, Settings, setting
 
+DEFAULTS = {"epochs": 300, "patch_level": 2, "epoch_rate": 0.5}  # of patch_levels
 LONGEST = 2**31  # epochs or steps of a level
 
 
@@ -192,6 +193,10 @@ class ScheduleSettings(Settings):
             raise ValueError("--patch-sizes needs either --patch-epochs or --patch-steps: how long each level lasts")
         return self
 
+    def published(self) -> dict[str, float]:
+        """The arguments of patch_levels, with DEFAULTS; none where --patch-sizes makes the schedule."""
+        return {} if self.patch_sizes else {name: getattr(self, name) or value for name, value in DEFAULTS.items()}
+
     def plan(self, lr: float, steps_per_epoch: int, tokens: int) -> Plan:
         """The levels in steps. Raises InputError for one without a step, or whose side does not divide the grid of codes."""
         if self.patch_steps:
@@ -199,8 +204,7 @@ class ScheduleSettings(Settings):
         elif self.patch_epochs:
             levels = in_steps(free_levels(self.patch_sizes, self.patch_epochs), steps_per_epoch)
         else:
-            levels = patch_levels(self.epochs or 300, self.patch_level or 2, self.epoch_rate or 0.5)
-            levels = in_steps(levels, steps_per_epoch)
+            levels = in_steps(patch_levels(**self.published()), steps_per_epoch)
         side = grid_side(tokens)
         for level in levels:
             if side % level.patch:

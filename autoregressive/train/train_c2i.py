@@ -123,11 +123,9 @@ def recorded(
 ) -> dict[str, Any]:
     """What makes the run what it is, as plain data: the settings, the codes' content, the starting weights and what was
     changed in them, the precision."""
-    defaults = {} if settings.patch_sizes else {"patch_level": 2, "epoch_rate": 0.5, "epochs": 300}
-    plain = settings.plain()
     return {
-        **plain,
-        **{key: plain[key] or value for key, value in defaults.items()},
+        **settings.plain(),
+        **settings.published(),
         "data": data.codes.fingerprint(),
         "start": checkpoint.identity(start) if start else None,
         "start_changed": start_changed,
