@@ -1,5 +1,6 @@
 """The samples contract: `.npz` files with `arr_0` (uint8, NHWC) and `arr_1` (int64 labels), streamed both ways."""
 
+import math
 import zipfile
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -91,9 +92,7 @@ class Samples:
             read = npy.read_array_header_1_0 if npy.read_magic(member) == (1, 0) else npy.read_array_header_2_0
             shape, fortran, dtype = read(member)
             if not dtype.hasobject:
-                size = dtype.itemsize
-                for side in shape:  # in Python's integers, which do not overflow
-                    size *= side
+                size = dtype.itemsize * math.prod(shape)
                 if size != info.file_size - member.tell() or min(shape, default=0) < 0:
                     raise InputError(
                         f"{self.path} is damaged: {name} of shape {shape} takes {size} bytes, the file holds "
@@ -114,7 +113,7 @@ class Samples:
             raise InputError(f"{self.path} holds no images (arr_0 is of shape {shape}): sample again")
         if max(shape[1:]) > LARGEST_SIDE:
             raise InputError(f"{kind}, H and W at most {LARGEST_SIDE}")
-        if self._fortran and _product(shape) > LARGEST_WHOLE:
+        if self._fortran and math.prod(shape) > LARGEST_WHOLE:
             raise InputError(
                 f"{self.path}: arr_0 is in Fortran order and too large to be read whole: write it by "
                 "np.savez(PATH, np.ascontiguousarray(images), labels)"
@@ -153,21 +152,19 @@ class Samples:
                 found[name] = values.astype(np.float64)
         return found
 
-    def at_once(self, size: int) -> int:
-        """`size`, or fewer images where they are large: at most 256 MB, at least one image."""
-        return min(size, max(1, AT_ONCE // max(1, _product(self.shape[1:]))))
-
     def batches(self, size: int) -> Iterator[np.ndarray]:
-        """uint8 (n, H, W, 3), n = size but for the last; read from the file as they are asked for."""
+        """uint8 (n, H, W, 3), read from the file as they are asked for; n = size but for the last, or where images are so large
+        that so many take more than 256 MB."""
         if len(self) == 0:  # a file of statistics
             return
+        image_bytes = math.prod(self.shape[1:])
+        size = min(size, max(1, AT_ONCE // image_bytes))
         with zipfile.ZipFile(self.path) as archive, self._member(archive, "arr_0") as (member, *_):
             if self._fortran:  # rare: written by other software
                 with _reading(self.path):
                     images = np.frombuffer(member.read(), np.uint8).reshape(self.shape, order="F")
                 yield from (images[start : start + size] for start in range(0, len(self), size))
                 return
-            image_bytes = _product(self.shape[1:])
             for start in range(0, len(self), size):
                 n = min(size, len(self) - start)
                 with _reading(self.path):
@@ -175,13 +172,6 @@ class Samples:
                 if len(data) != n * image_bytes:
                     raise InputError(f"{self.path} ends after {start + len(data) // image_bytes} of {len(self)} images")
                 yield np.frombuffer(data, np.uint8).reshape(n, *self.shape[1:])
-
-
-def _product(sizes: Iterable[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
 
 
 def _held(names: Collection[str]) -> str:

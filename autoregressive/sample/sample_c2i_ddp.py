@@ -211,7 +211,7 @@ def save_pngs(path: Path) -> None:
     file, folder = samples.Samples(path), path.with_suffix("")
     start = 0
     with ThreadPoolExecutor() as pool, progress(total=len(file), desc="PNG", unit=" images") as bar:
-        for images in file.batches(file.at_once(PNG_BATCH)):
+        for images in file.batches(PNG_BATCH):
             paths = [folder / f"{i:06d}.png" for i in range(start, start + len(images))]
             new = [(p, Image.fromarray(image)) for p, image in zip(paths, images, strict=True) if not p.is_file()]
             list(pool.map(lambda item: save_image(*item), new))

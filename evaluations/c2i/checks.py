@@ -41,7 +41,7 @@ def check_fit(file: Samples, reference: Samples, force: bool) -> list[str]:
             "compare images of one size"
             + (" (python -m evaluations.c2i.reference FOLDER OUT.npz crops them)" if file.path.is_dir() else ""),
         )
-    first = next(file.batches(file.at_once(min(n, LOOKED_AT))))
+    first = next(file.batches(min(n, LOOKED_AT)))
     if one_colour(first).all():
         found += refuse_unless(force, f"the first {len(first)} images of {file.path} are of one colour each")
     return found

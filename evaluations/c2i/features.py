@@ -98,7 +98,7 @@ def extract(network: FeatureNetwork, samples: Samples, batch_size: int | None = 
     batch_size: default: the network's. Images are of the network's size, see check_size. Raises InputError for features
     that are not finite.
     """
-    n, done, at_once = len(samples), 0, samples.at_once(batch_size or network.batch_size)
+    n, done = len(samples), 0
     found = Extracted(
         np.empty((n, network.dimensions), np.float32),
         np.empty((n, network.classes if logits else 0), np.float32),
@@ -108,7 +108,9 @@ def extract(network: FeatureNetwork, samples: Samples, batch_size: int | None = 
     if n and network.spatial_dimensions:
         found.moments["spatial"] = Moments.empty(network.spatial_dimensions, network.device)
     with progress(total=n, desc=f"features of {samples.path.name}", unit=" images", show=n > 0) as bar:
-        for images, digests, constant in _read_ahead(map(_inspected, samples.batches(at_once))):
+        for images, digests, constant in _read_ahead(
+            map(_inspected, samples.batches(batch_size or network.batch_size))
+        ):
             rows = slice(done, done + len(images))
             features_BD, logits_BC, *spatial = network(images)
             if not all(np.isfinite(part).all() for part in (features_BD, logits_BC, *spatial)):

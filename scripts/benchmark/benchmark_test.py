@@ -97,5 +97,5 @@ def test_evaluation(last_line):
     result = last_line(evaluate, "--samples", 12, "--references", 8, "--image-size", 16, "--network-images", 1)
     assert result["images_per_s"] > 0
     phases = [row["phase"] for row in result["rows"]]
-    assert phases[:2] == ["network (torch)", "reference: read 8 images, sFID moments"]
+    assert phases[:2] == ["network (torch)", "reference: read 8 images, moments"]
     assert phases[-1] == "precision and recall"

@@ -28,7 +28,7 @@ def pick(file: Samples, chosen: Sequence[int]) -> np.ndarray:
     """Images of a file by their numbers, in that order: uint8 (n, H, W, 3)."""
     order, found, start = np.argsort(chosen, kind="stable"), [], 0
     wanted = np.asarray(chosen, np.int64)[order]
-    for batch in file.batches(file.at_once(AT_ONCE)):
+    for batch in file.batches(AT_ONCE):
         here = wanted[(wanted >= start) & (wanted < start + len(batch))] - start
         if len(here):
             found.append(batch[here])
@@ -51,7 +51,7 @@ def nearest(images_NHWC: np.ndarray, file: Samples, mirrored: bool) -> Nearest:
     queries = _shrunk(images_NHWC)
     best, index = torch.full((len(queries),), torch.inf), torch.zeros(len(queries), dtype=torch.int64)
     start = 0
-    for batch in file.batches(file.at_once(AT_ONCE)):
+    for batch in file.batches(AT_ONCE):
         for view in (batch, batch[:, :, ::-1]) if mirrored else (batch,):
             squares, at = torch.cdist(queries, _shrunk(view), compute_mode="use_mm_for_euclid_dist").min(1)
             index = torch.where(squares < best, at + start, index)
