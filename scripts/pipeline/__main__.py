@@ -13,11 +13,11 @@ from pathlib import Path
 from scripts.pipeline import report
 from scripts.pipeline.images import Images, open_images
 from scripts.pipeline.measure import measure
-from scripts.pipeline.models import choose_models, patch_sides
+from scripts.pipeline.models import choose_models, level_count
 from scripts.pipeline.plan import Plan, make_plan, recorded, table
 from scripts.pipeline.runner import Runner
 from scripts.pipeline.settings import PipelineSettings
-from scripts.pipeline.stages import TITLES, stages
+from scripts.pipeline.stages import stages
 from utils import cli
 from utils.cli import InputError, note
 from utils.distributed import best_device
@@ -47,7 +47,8 @@ def plan_of(s: PipelineSettings, name: str, run: Path, images: Images) -> Plan:
     device = best_device()
     models = choose_models(s, images, device)
     note("measuring this machine")
-    costs = measure(models.vq, models.gpt, patch_sides(s), models.image_size, images.some_paths)
+    patches = [2**i for i in range(level_count(s))]
+    costs = measure(models.vq, models.gpt, patches, models.image_size, images.some_paths)
     return make_plan(s, name, images, models, costs, device)
 
 
@@ -68,10 +69,10 @@ def main() -> None:
     plan = plan_of(s, name, run, images)
     todo = stages(plan, run, images.train, images.test)
     runner = Runner(run / "done", ROOT)
-    print(table(plan, TITLES, lambda stage: runner.mark(stage) is not None), flush=True)
+    print(table(plan, done=runner.took(plan.seconds)), flush=True)
     if s.dry_run:
         for stage in todo:
-            print(f"== {stage.name}: {' '.join(stage.command())}")
+            print(f"== {stage.name}: {' '.join(stage.command)}")
         return
     images.write()
     plan.write(run / "plan.json")
@@ -80,7 +81,7 @@ def main() -> None:
         for stage in todo:
             runner.run(stage)
     start = time.monotonic()
-    report.write(run, plan, images, runner)
+    report.write(run, plan, images, runner.took(plan.seconds))
     print(f"report after {time.monotonic() - start:.0f} s", flush=True)
     lock.close()
 

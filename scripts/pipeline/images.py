@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,26 +45,24 @@ def open_images(s: PipelineSettings, run: Path) -> Images:
     """Find, unpack and split the user's images. Raises InputError for what is no set of images, or too small."""
     root = _root(s.images, run)
     parts = _parts(root)
+    folders = [s.image_folder(part) for part in parts or (root,)]
+    for folder in folders:
+        note(folder.summary())
+    whole = folders[0]
+    if len(whole) < FEWEST:
+        raise InputError(f"{root} holds {counted(len(whole), 'image')}; expected at least {FEWEST}, better thousands")
     if parts:
-        train, test = (s.image_folder(part) for part in parts)
-        for folder in (train, test):
-            note(folder.summary())
-        if train.classes != test.classes:
-            odd = sorted(set(train.classes) ^ set(test.classes))
+        if odd := sorted(set(whole.classes) ^ set(folders[1].classes)):
             raise InputError(
                 f"{parts[0]} and {parts[1]} have different classes: {', '.join(odd[:3])} in one of them only"
             )
-        _check_number(root, len(train))
-        content, left_out = f"{train.content_id()} {test.content_id()}", {}
-        for folder, part in zip((train, test), parts, strict=True):
-            left_out |= {f"{reason} of {part.name}/": names for reason, names in folder.left_out.items()}
-        counts, write = (len(train), len(test)), lambda: None
-        whole = train
-        paths = parts
+        left_out = {
+            f"{why} of {part.name}/": names
+            for folder, part in zip(folders, parts, strict=True)
+            for why, names in folder.left_out.items()
+        }
+        paths, counts, write = parts, map(len, folders), lambda: None
     else:
-        whole = s.image_folder(root)
-        note(whole.summary())
-        _check_number(root, len(whole))
         if len(set(whole.classes)) < len(whole.classes):
             raise InputError(
                 f"{root} has classes whose names differ only in blanks or unprintable letters: rename them"
@@ -71,22 +70,12 @@ def open_images(s: PipelineSettings, run: Path) -> Images:
         chosen = held_out(whole.names, whole.labels, s.test_share, s.test_images)
         if not chosen.any():
             raise InputError(f"{root} has one image a class, so none can be held out: give more images")
-        content, left_out = whole.content_id(), whole.left_out
-        paths = (run / "train.csv", run / "test.csv")
-        counts = (int((~chosen).sum()), int(chosen.sum()))
-
-        def write() -> None:
-            _write_tables(whole, root, run, chosen)
-
-    return Images(
-        *paths, *counts, whole.classes, _typical_side(whole), [whole.paths[i] for i in evenly_spaced(len(whole), 64)],
-        content, left_out, write,
-    )  # fmt: skip
-
-
-def _check_number(root: Path, n: int) -> None:
-    if n < FEWEST:
-        raise InputError(f"{root} holds {counted(n, 'image')}; expected at least {FEWEST}, better thousands")
+        left_out = whole.left_out
+        paths, counts = (run / "train.csv", run / "test.csv"), (int((~chosen).sum()), int(chosen.sum()))
+        write = partial(_write_tables, whole, root, run, chosen)
+    content = " ".join(folder.content_id() for folder in folders)
+    some_paths = [whole.paths[i] for i in evenly_spaced(len(whole), 64)]
+    return Images(*paths, *counts, whole.classes, _typical_side(whole), some_paths, content, left_out, write)
 
 
 def _root(given: Path, run: Path) -> Path:
@@ -112,15 +101,19 @@ def _root(given: Path, run: Path) -> Path:
 
 def _wrapped(path: Path) -> Path | None:
     """The only folder in a folder, if it holds folders of images itself."""
-    with os.scandir(path) as entries:
-        seen = [e for e in entries if not e.name.startswith((".", "__MACOSX"))]
-    folders = [entry for entry in seen if entry.is_dir()]
-    if len(folders) != 1 or any(Path(entry.name).suffix.lower() in SUFFIXES for entry in seen if not entry.is_dir()):
+    folders, images = _content(path)
+    if images or len(folders) != 1:
         return None
-    with os.scandir(folders[0].path) as entries:
-        inner = list(entries)
-    images = any(Path(entry.name).suffix.lower() in SUFFIXES for entry in inner if not entry.is_dir())
-    return None if images or not any(entry.is_dir() for entry in inner) else Path(folders[0].path)
+    below, images = _content(folders[0])
+    return folders[0] if below and not images else None
+
+
+def _content(folder: Path) -> tuple[list[Path], bool]:
+    """The folders in a folder, and whether images lie beside them."""
+    with os.scandir(folder) as entries:
+        seen = [entry for entry in entries if not entry.name.startswith((".", "__MACOSX"))]
+    folders = [Path(entry.path) for entry in seen if entry.is_dir()]
+    return folders, any(Path(entry.name).suffix.lower() in SUFFIXES for entry in seen if not entry.is_dir())
 
 
 def _parts(root: Path) -> tuple[Path, Path] | None:

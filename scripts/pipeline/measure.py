@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from autoregressive.models.gpt import GPTConfig, Transformer
 from autoregressive.models.patches import to_patches
@@ -33,7 +34,37 @@ class Costs(NamedTuple):
     sample: float
 
 
-def seconds(call: Callable[[], Any], device: torch.device) -> float:
+def measure(vq: VQConfig, gpt: GPTConfig, patches: list[int], size: int, paths: list[str]) -> Costs:
+    """The costs of a plan's models at an image size. paths: some images."""
+    device = best_device()
+    on_cpu = device.type == "cpu"
+    torch.manual_seed(0)
+
+    classifier = Classifier(10).to(device)
+    pixels = torch.zeros(64, size, size, 3, dtype=torch.uint8, device=device)
+
+    tokenizer = VQModel(vq).to(device, memory_format=torch.channels_last)
+    images = torch.rand(8 if on_cpu else 32, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+
+    transformer = Transformer(gpt).to(device)
+    codes = torch.randint(gpt.vocab_size, (16 if on_cpu else 64, gpt.block_size), device=device)
+    labels = torch.zeros(len(codes), dtype=torch.int64, device=device)
+    patched = {patch: to_patches(codes, patch) for patch in patches}
+
+    return Costs(
+        read=_reading(paths, size),
+        classify=_training(lambda: classifier(pixels)[1].sum(), device) / len(pixels),
+        tokenizer_training=_training(lambda: vq_loss(images, tokenizer(images)).total, device) / len(images),
+        encode=_seconds(torch.inference_mode()(lambda: tokenizer.encode(images)), device) / len(images),
+        training={
+            patch: _training(lambda x=x: transformer.loss(x, labels), device) / len(codes)
+            for patch, x in patched.items()
+        },
+        sample=_sampling(gpt, device),
+    )
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
     """The shortest of some calls, after one that warms up, unless that took long enough by itself."""
     times, start = [], time.perf_counter()
     while len(times) < 2 or (time.perf_counter() - start < ENOUGH and len(times) < 10):
@@ -47,19 +78,15 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
     return min(times[1:] or times)
 
 
-def measure(vq: VQConfig, gpt: GPTConfig, patches: list[int], image_size: int, paths: list[str]) -> Costs:
-    """The costs of a plan's models at an image size. paths: some images."""
-    device = best_device()
-    dtype = precision_dtype("auto", device)
-    torch.manual_seed(0)
-    return Costs(
-        read=_reading(paths, image_size),
-        classify=_classifier(image_size, device, dtype),
-        tokenizer_training=_tokenizer(vq, image_size, device, dtype),
-        encode=_tokenizer(vq, image_size, device, None),
-        training={patch: _gpt(gpt, patch, device, dtype) for patch in patches},
-        sample=_sampling(gpt, device, dtype),
-    )
+def _training(loss: Callable[[], Tensor], device: torch.device) -> float:
+    """Seconds of a training step."""
+
+    def step() -> None:
+        with autocast(device, precision_dtype("auto", device)):
+            total = loss()
+        total.backward()
+
+    return OVERHEAD * _seconds(step, device)
 
 
 def _reading(paths: list[str], size: int) -> float:
@@ -75,59 +102,13 @@ def _reading(paths: list[str], size: int) -> float:
     return (time.perf_counter() - start) / max(1, n)
 
 
-def _classifier(size: int, device: torch.device, dtype: torch.dtype) -> float:
-    model, batch = Classifier(10).to(device), 64
-    images = torch.zeros(batch, size, size, 3, dtype=torch.uint8, device=device)
-
-    def step() -> None:
-        with autocast(device, dtype):
-            total = model(images)[1].sum()
-        total.backward()
-
-    return OVERHEAD * seconds(step, device) / batch
-
-
-def _tokenizer(config: VQConfig, size: int, device: torch.device, dtype: torch.dtype | None) -> float:
-    """dtype: of training; None: of encoding alone."""
-    batch = 8 if device.type == "cpu" else 32
-    model = VQModel(config).to(device, memory_format=torch.channels_last)
-    images = torch.rand(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-
-    def step() -> None:
-        if dtype:
-            with autocast(device, dtype):
-                total = vq_loss(images, model(images)).total
-            total.backward()
-        else:
-            with torch.inference_mode():
-                model.encode(images)
-
-    return (OVERHEAD if dtype else 1) * seconds(step, device) / batch
-
-
-def _gpt(config: GPTConfig, patch: int, device: torch.device, dtype: torch.dtype) -> float:
-    batch = 16 if device.type == "cpu" else 64
-    model = Transformer(config).to(device)
-    codes = torch.randint(config.vocab_size, (batch, config.block_size), device=device)
-    patches, labels = to_patches(codes, patch), torch.zeros(batch, dtype=torch.int64, device=device)
-
-    def step() -> None:
-        with autocast(device, dtype):
-            loss = model.loss(patches, labels)
-        loss.backward()
-
-    return OVERHEAD * seconds(step, device) / batch
-
-
-def _sampling(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> float:
+def _sampling(config: GPTConfig, device: torch.device) -> float:
     """By images of few codes: with more of them attention costs more, and this is an estimate."""
-    batch = 32
-    small = Transformer(replace(config, block_size=min(PROBE, config.block_size))).eval()
-    sampler = ImageSampler(small, _tiny_tokenizer(config), device=device, dtype=dtype, batch_size=batch, compiled=False)
-    call = seconds(lambda: sampler([0] * batch, cfg_scale=2.0), device)
-    return call / batch * config.block_size / small.config.block_size
-
-
-def _tiny_tokenizer(config: GPTConfig) -> VQModel:
-    return VQModel(VQConfig(ch=4, encoder_ch_mult=(1,), decoder_ch_mult=(1,), num_res_blocks=1, z_channels=4,
-                            codebook_size=config.vocab_size))  # fmt: skip
+    gpt = Transformer(replace(config, block_size=min(PROBE, config.block_size))).eval()
+    tiny = VQConfig(
+        ch=4, encoder_ch_mult=(1,), decoder_ch_mult=(1,), num_res_blocks=1, z_channels=4, codebook_size=config.vocab_size
+    )  # fmt: skip
+    n, dtype = 32, precision_dtype("auto", device)
+    sampler = ImageSampler(gpt, VQModel(tiny), device=device, dtype=dtype, batch_size=n, compiled=False)
+    call = _seconds(lambda: sampler([0] * n, cfg_scale=2.0), device)
+    return call / n * config.block_size / gpt.config.block_size

@@ -4,7 +4,6 @@ N, M images; D numbers of an image.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,24 +16,14 @@ SIDE = 32  # pixels that images are shrunk to for comparison
 AT_ONCE = 1024  # images of the larger set
 
 
-class Nearest(NamedTuple):
-    """Of each of N images: the number of the nearest, (N,) int64, and the root mean square difference, (N,) of 0 to 255."""
-
-    index: np.ndarray
-    distance: np.ndarray
-
-
 def pick(file: Samples, chosen: Sequence[int]) -> np.ndarray:
     """Images of a file by their numbers, in that order: uint8 (n, H, W, 3)."""
-    order, found, start = np.argsort(chosen, kind="stable"), [], 0
-    wanted = np.asarray(chosen, np.int64)[order]
+    wanted, places = np.unique(np.asarray(chosen, np.int64), return_inverse=True)
+    found, start = [np.empty((0, *file.shape[1:]), np.uint8)], 0
     for batch in file.batches(AT_ONCE):
-        here = wanted[(wanted >= start) & (wanted < start + len(batch))] - start
-        if len(here):
-            found.append(batch[here])
+        found.append(batch[wanted[(wanted >= start) & (wanted < start + len(batch))] - start])
         start += len(batch)
-    images = np.concatenate(found) if found else np.empty((0, *file.shape[1:]), np.uint8)
-    return images[np.argsort(order, kind="stable")]
+    return np.concatenate(found)[places]
 
 
 def _shrunk(images_NHWC: np.ndarray) -> Tensor:
@@ -46,15 +35,16 @@ def _shrunk(images_NHWC: np.ndarray) -> Tensor:
 
 
 @torch.inference_mode()
-def nearest(images_NHWC: np.ndarray, file: Samples, mirrored: bool) -> Nearest:
-    """The nearest image of a file for each image. mirrored: also in its mirror image."""
+def nearest(images_NHWC: np.ndarray, file: Samples, mirrored: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest image of a file for each of N images: its number, (N,) int64, and the root mean square difference of
+    pixels, (N,) of 0 to 255. mirrored: also in its mirror image."""
     queries = _shrunk(images_NHWC)
     best, index = torch.full((len(queries),), torch.inf), torch.zeros(len(queries), dtype=torch.int64)
     start = 0
     for batch in file.batches(AT_ONCE):
         for view in (batch, batch[:, :, ::-1]) if mirrored else (batch,):
-            squares, at = torch.cdist(queries, _shrunk(view), compute_mode="use_mm_for_euclid_dist").min(1)
-            index = torch.where(squares < best, at + start, index)
-            best = torch.minimum(best, squares)
+            distances, at = torch.cdist(queries, _shrunk(view), compute_mode="use_mm_for_euclid_dist").min(1)
+            index = torch.where(distances < best, at + start, index)
+            best = torch.minimum(best, distances)
         start += len(batch)
-    return Nearest(index.numpy(), (best / queries.shape[1] ** 0.5).numpy())
+    return index.numpy(), (best / queries.shape[1] ** 0.5).numpy()

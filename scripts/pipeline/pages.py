@@ -1,10 +1,9 @@
-"""A report as blocks, written as Markdown, and as one HTML file with its pictures inside, light and dark."""
+"""A page as Markdown, and as one HTML file with its pictures inside, light and dark."""
 
 import base64
-import html
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 STYLE = """
@@ -25,83 +24,59 @@ code { font-family: ui-monospace, monospace; font-size: .9em; }
 """
 
 
-@dataclass(frozen=True)
-class Text:
-    text: str
+class Page:
+    """A page in the making, as Markdown and as HTML at once. Its pictures are named in the one, and inside the other."""
 
+    def __init__(self, title: str, folder: Path) -> None:
+        """folder: where the Markdown will lie; pictures are named from there."""
+        self.title, self.folder = title, folder
+        self._markdown, self._html = [f"# {title}"], [f"<h1>{escape(title)}</h1>"]
 
-@dataclass(frozen=True)
-class Heading:
-    text: str
+    def as_markdown(self) -> str:
+        """The page as Markdown."""
+        return "\n\n".join(self._markdown) + "\n"
 
-
-@dataclass(frozen=True)
-class Table:
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """path: a PNG. caption: what one sees."""
-
-    path: Path
-    caption: str
-
-
-@dataclass(frozen=True)
-class Code:
-    """Commands, and what they are for."""
-
-    about: str
-    text: str
-
-
-Block = Text | Heading | Table | Picture | Code
-
-
-def as_markdown(title: str, blocks: Sequence[Block], folder: Path) -> str:
-    """The report as Markdown; pictures are named from the folder that it lies in."""
-    parts = [f"# {title}"]
-    for block in blocks:
-        if isinstance(block, Heading):
-            parts.append(f"## {block.text}")
-        elif isinstance(block, Table):
-            rows = [block.head, ["---"] * len(block.head), *block.rows]
-            parts.append("\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows))
-        elif isinstance(block, Picture):
-            parts.append(f"![{block.caption}]({block.path.relative_to(folder).as_posix()})")
-        elif isinstance(block, Code):
-            parts.append(f"{block.about}\n\n```bash\n{block.text}\n```")
-        else:
-            parts.append(block.text)
-    return "\n\n".join(parts) + "\n"
-
-
-def as_html(title: str, blocks: Sequence[Block]) -> str:
-    """The report as one HTML file that needs no other."""
-    body = "\n".join(map(_html, blocks))
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>\n{body}\n</body>\n</html>\n"
-    )
-
-
-def _html(block: Block) -> str:
-    if isinstance(block, Heading):
-        return f"<h2>{html.escape(block.text)}</h2>"
-    if isinstance(block, Table):
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.head)
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in block.rows
+    def as_html(self) -> str:
+        """The page as one HTML file that needs no other."""
+        body = "\n".join(self._html)
+        return (
+            f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(self.title)}</title>\n'
+            f"<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
         )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    if isinstance(block, Picture):
-        data = base64.b64encode(block.path.read_bytes()).decode()
-        caption = html.escape(block.caption)
-        return f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
-    if isinstance(block, Code):
-        return f"<p>{html.escape(block.about)}</p><pre><code>{html.escape(block.text)}</code></pre>"
-    text = re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(block.text))
-    return f"<p>{text}</p>"
+
+    def heading(self, text: str) -> None:
+        self._markdown.append(f"## {text}")
+        self._html.append(f"<h2>{escape(text)}</h2>")
+
+    def text(self, text: str) -> None:
+        """A paragraph; what stands between backticks is code."""
+        self._markdown.append(text)
+        marked = re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
+        self._html.append(f"<p>{marked}</p>")
+
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        self._markdown.append("\n".join(map(_markdown_row, (head, ["---"] * len(head), *rows))))
+        body = "".join(_html_row(row, "td") for row in rows)
+        self._html.append(f"<table><thead>{_html_row(head, 'th')}</thead><tbody>{body}</tbody></table>")
+
+    def picture(self, path: Path, caption: str) -> None:
+        """path: a PNG. caption: what one sees."""
+        self._markdown.append(f"![{caption}]({path.relative_to(self.folder).as_posix()})")
+        data, text = base64.b64encode(path.read_bytes()).decode(), escape(caption)
+        self._html.append(
+            f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+        )
+
+    def code(self, about: str, text: str) -> None:
+        """Commands, and what they are for."""
+        self._markdown.append(f"{about}\n\n```bash\n{text}\n```")
+        self._html.append(f"<p>{escape(about)}</p><pre><code>{escape(text)}</code></pre>")
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _html_row(cells: Sequence[str], tag: str) -> str:
+    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"

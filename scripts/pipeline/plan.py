@@ -1,27 +1,39 @@
 """The plan of a pipeline: what is chosen from the data, the device and the time, and how long each stage will take."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from autoregressive.models.gpt import GPTConfig
-from autoregressive.sample.sample_c2i_ddp import SampleSettings
-from autoregressive.train.gpt_task import TrainSettings
 from autoregressive.train.schedule import patch_levels
-from evaluations.c2i.train_classifier import ClassifierSettings
 from pretrained_models.catalogue import CATALOGUE
 from scripts.pipeline.images import Images
 from scripts.pipeline.measure import Costs
-from scripts.pipeline.models import Models, absolute, level_count, whole_number
-from scripts.pipeline.settings import PipelineSettings, parse_flags
-from tokenizer.tokenizer_image.vq_settings import TokenizerSettings
+from scripts.pipeline.models import Models, absolute, level_count
+from scripts.pipeline.settings import PipelineSettings
 from utils.cli import InputError, counted
 from utils.distributed import from_environment
 from utils.records import Record
 
+TITLES = {
+    "weights": "published weights",
+    "reference": "reference batch of training images",
+    "test_images": "batch of test images",
+    "classifier": "classifier, the feature network of the evaluation",
+    "tokenizer": "tokenizer",
+    "reconstruct": "reconstructions of test images",
+    "codes": "codes of the training images",
+    "test_codes": "codes of the test images",
+    "train": "GPT, by Next Patch Prediction",
+    "sample": "samples",
+    "grid": "samples.png",
+    "evaluate": "evaluation",
+    "report": "report",
+}
+BUDGET = {"cpu": 1800.0, "cuda": 3600.0}  # seconds, where no time is given
 STARTUP = 5.0  # seconds until a stage has loaded PyTorch and its data
 LEARNING_RATES = {"GPT-XXS": 3e-3, "GPT-XS": 2e-3, "GPT-S": 1e-3, "GPT-B": 4e-4}  # from scratch, at a batch of about 64
 LARGE_LEARNING_RATE = 2e-4  # of larger ones
@@ -31,17 +43,6 @@ MAX_EPOCHS = {"classifier": 40, "tokenizer": 300, "gpt": 300}
 TOKENIZER_IMAGES, CLASSIFIER_IMAGES = 2_000_000, 200_000  # seen in training; more helps little
 MIN_TEST_IMAGES = 8  # images, below which figures mean nothing
 KV_CACHE = {"cpu": 1 << 30, "cuda": 4 << 30}  # bytes of keys and values while drawing
-
-
-STAGE_SETTINGS = {
-    "classifier": ClassifierSettings, "tokenizer": TokenizerSettings, "gpt": TrainSettings, "sample": SampleSettings,
-}  # fmt: skip
-RESERVED_FLAGS = frozenset(
-    f"--{name}" for name in (
-        "data-path", "val-path", "out", "results-dir", "code-path", "val-code-path", "sample-dir", "vq-ckpt", "gpt-ckpt",
-        "gpt-model", "vq-model", "image-size", "dataset", "background", "exif-orientation", "fresh", "dry-run", "init-classes",
-    )
-)  # fmt: skip
 
 
 class Plan(Record):
@@ -67,75 +68,83 @@ class Plan(Record):
     seconds: dict[str, float]
     notes: list[str]
 
+    @property
+    def reference_images(self) -> int:
+        """Training images that samples are compared with."""
+        return min(self.settings["reference_images"], self.train_images)
+
+    @property
+    def measured_images(self) -> int:
+        """Test images that figures are measured with."""
+        return min(self.settings["test_images"], self.test_images)
+
+    @property
+    def scale(self) -> int:
+        """How many times pictures of images are enlarged."""
+        return max(1, 64 // self.image_size)
+
 
 def recorded(s: PipelineSettings) -> dict[str, Any]:
     """The settings that a plan follows from, as plain data."""
     return {key: value for key, value in s.plain().items() if key not in s.free() or key == "strict"}
 
 
-def processes() -> int:
+def make_plan(
+    s: PipelineSettings, name: str, images: Images, models: Models, costs: Costs, device: torch.device
+) -> Plan:
+    """Choose what was not given, and estimate. Raises InputError for settings that exclude each other."""
+    budget = s.time_budget or BUDGET[device.type]
+    n, processes = images.train_names, _processes()
+    batch = _batch(s, n, processes, device)
+    network, notes = _network(s, images)
+    affordable = int(TIME_SHARES["sample"] * budget * processes / costs.sample)
+    samples = s.samples or min(5000, max(200, affordable // 100 * 100))
+
+    plan = Plan(
+        content=images.content, settings=recorded(s), name=name, image_size=models.image_size, classes=images.classes,
+        train_images=n, test_images=images.test_names, tokens=models.gpt.block_size, tokenizer=models.tokenizer,
+        vq_model=models.vq_model, init=s.init and absolute(s.init), gpt_model=models.gpt_model, epochs=0, batch_size=batch,
+        network=network, samples=samples, flags={}, seconds={}, notes=[],
+    )  # fmt: skip
+    flags = {
+        **_first_flags(s, plan, costs, budget, processes),
+        "sample": {
+            "--cfg-scale": f"{s.cfg_scale:g}", "--labels": "balanced", "--num-fid-samples": samples,
+            "--per-proc-batch-size": _sampling_batch(models.gpt, device),
+        },
+    }  # fmt: skip
+    plan = plan.model_copy(update={"flags": {stage: _merged(flags[stage], s.given(stage)) for stage in flags}})
+    seconds = _seconds(plan, costs, processes)
+    levels = level_count(s)
+    an_epoch, least = n * _training_cost(costs, levels) / processes, 2 ** (levels - 1)
+    left = 0.95 * (budget - sum(seconds.values()))
+    epochs = s.epochs or s.given_number("gpt", "--epochs")
+    if not epochs:
+        epochs = max(least, min(MAX_EPOCHS["gpt"], int(left / an_epoch)))
+        if left < an_epoch * least:
+            notes.append(f"the time of {budget:.0f} s is too short for {least} epochs: the plan exceeds it")
+    gpt_flags = _merged(_gpt_flags(s, plan, epochs), s.given("gpt"))
+    seconds["train"] += epochs * an_epoch + _monitoring(gpt_flags, costs, epochs, epochs * (n // batch))
+    rounded = {stage: round(value, 1) for stage, value in seconds.items()}
+    return plan.model_copy(
+        update={"epochs": epochs, "flags": {**plan.flags, "gpt": gpt_flags}, "seconds": rounded, "notes": notes}
+    )
+
+
+def _processes() -> int:
     """How many processes the stages of several use, as utils/launch.py has it."""
     if from_environment("NNODES", 1, least=1) > 1:
         raise InputError("NNODES is above 1, but the pipeline runs on one machine: run its stages one by one (docs)")
     return from_environment("NPROC_PER_NODE", max(1, torch.cuda.device_count()), least=1)
 
 
-class Work(NamedTuple):
-    """How much there is to do: images, epochs, samples, views of an image, processes."""
-
-    train: int
-    test: int
-    reference: int
-    measured_tests: int
-    samples: int
-    views: int
-    world: int
-    classifier_epochs: int
-    tokenizer_epochs: int
-
-
-def make_plan(
-    s: PipelineSettings, name: str, images: Images, models: Models, costs: Costs, device: torch.device
-) -> Plan:
-    """Choose what was not given, and estimate. Raises InputError for settings that exclude each other."""
-    budget = s.time_budget or (1800.0 if device.type == "cpu" else 3600.0)
-    given = {stage: parse_flags(getattr(s, f"{stage}_flags")) for stage in STAGE_SETTINGS}
-    for stage, words in given.items():
-        _check_flags(stage, words)
-    batch = _batch(s, images.train_names, device)
-    network, notes = _network(s, images)
-    work = _work(s, images, costs, budget, given)
-    seconds = _seconds(work, costs, models, s.init, network, len(images.classes))
-    levels = level_count(s)
-    per_epoch, least = _epoch_cost(costs, work.train, levels) / work.world, 2 ** (levels - 1)
-    left = 0.95 * (budget - sum(seconds.values()))
-    if s.epochs or "--epochs" in given["gpt"]:
-        epochs = s.epochs or whole_number("--gpt-flags --epochs", given["gpt"]["--epochs"])
-    else:
-        epochs = max(least, min(MAX_EPOCHS["gpt"], int(left / per_epoch)))
-        if left < per_epoch * least:
-            notes.append(f"the time of {budget:.0f} s is too short for {least} epochs: the plan exceeds it")
-    planned = _flags(s, name, images, models, work, device, batch, epochs)
-    flags = {stage: _merged(planned[stage], given[stage]) for stage in planned}
-    steps = epochs * (work.train // batch)
-    seconds["train"] += epochs * per_epoch + _monitoring(flags["gpt"], costs, epochs, steps)
-    return Plan(
-        content=images.content, settings=recorded(s), name=name, image_size=models.image_size, classes=images.classes,
-        train_images=work.train, test_images=work.test, tokens=models.gpt.block_size, tokenizer=models.tokenizer,
-        vq_model=models.vq_model, init=s.init and absolute(s.init), gpt_model=models.gpt_model, epochs=epochs,
-        batch_size=batch, network=network, samples=work.samples, flags=flags,
-        seconds={key: round(value, 1) for key, value in seconds.items()}, notes=notes,
-    )  # fmt: skip
-
-
-def _batch(s: PipelineSettings, n: int, device: torch.device) -> int:
+def _batch(s: PipelineSettings, n: int, processes: int, device: torch.device) -> int:
     """Images a step: as given or chosen, rounded down to a multiple of the processes."""
-    world = processes()
     wanted = s.batch_size or min(64 if device.type == "cpu" or n < 50_000 else 256, max(4, n // 8))
-    batch = world if world > wanted else wanted // world * world
+    batch = max(1, wanted // processes) * processes
     if batch > n:
         raise InputError(
-            f"a batch of {batch} images for {world} processes is more than the {n} training images there are"
+            f"a batch of {batch} images for {processes} processes is more than the {n} training images there are"
         )
     return batch
 
@@ -156,86 +165,66 @@ def _network(s: PipelineSettings, images: Images) -> tuple[str, list[str]]:
     return ("none", ["no figures: too few test images for them"]) if few else ("train", [])
 
 
-def _work(s: PipelineSettings, images: Images, costs: Costs, budget: float, given: dict[str, dict]) -> Work:
-    n, world = images.train_names, processes()
-
-    def epochs(stage: str, cost: float, most: int) -> int:
-        if words := given[stage].get("--epochs"):
-            return whole_number(f"--{stage}-flags --epochs", words)
-        return max(1, min(most, MAX_EPOCHS[stage], int(TIME_SHARES[stage] * budget / (n * cost))))
-
-    affordable = int(TIME_SHARES["sample"] * budget * world / costs.sample)
-    return Work(
-        train=n, test=images.test_names, reference=min(s.reference_images, n),
-        measured_tests=min(s.test_images, images.test_names),
-        samples=s.samples or min(5000, max(200, affordable // 100 * 100)), views=1 if s.no_flip else 2, world=world,
-        classifier_epochs=epochs("classifier", costs.classify, max(3, CLASSIFIER_IMAGES // n)),
-        tokenizer_epochs=epochs("tokenizer", costs.tokenizer_training / world, max(1, TOKENIZER_IMAGES // n)),
-    )  # fmt: skip
-
-
-def _seconds(
-    work: Work, costs: Costs, models: Models, init: str | None, network: str, classes: int
-) -> dict[str, float]:
-    """Seconds of each stage, in order; of the GPT's training only its start."""
-    n, c = work.train, costs
-    view = c.read + work.views * c.encode
-    rows = {
-        "weights": 0.0 if models.tokenizer in CATALOGUE or init in CATALOGUE else None,
-        "reference": work.reference * c.read,
-        "test_images": work.measured_tests * c.read,
-        "classifier": 5 + (n + work.test) * c.read + work.classifier_epochs * n * c.classify if network == "train" else None,
-        "tokenizer": n * c.read + work.tokenizer_epochs * n * c.tokenizer_training / work.world
-        if models.tokenizer == "train" else None,
-        "reconstruct": work.measured_tests * (c.read + 2 * c.encode),
-        "codes": n * view / work.world,
-        "test_codes": work.test * view / work.world,
-        "train": 0.0,
-        "sample": work.samples * c.sample / work.world,
-        "grid": min(10, classes) * 12 * c.sample,
-        "evaluate": None if network == "none" else
-        5 + (work.reference + work.samples + 2 * work.measured_tests) * c.classify / 2,
-        "report": 0.0,
-    }  # fmt: skip
-    return {stage: STARTUP + seconds for stage, seconds in rows.items() if seconds is not None}
-
-
-def _flags(
-    s: PipelineSettings,
-    name: str,
-    images: Images,
-    models: Models,
-    work: Work,
-    device: torch.device,
-    batch: int,
-    epochs: int,
+def _first_flags(
+    s: PipelineSettings, plan: Plan, costs: Costs, budget: float, processes: int
 ) -> dict[str, dict[str, Any]]:
-    """The flags of the stages that have any to be chosen."""
-    long = work.classifier_epochs > 10
-    few_steps = work.tokenizer_epochs * (work.train // batch) < 2000
+    """The flags of the classifier and the tokenizer, which share the time that TIME_SHARES says."""
+    n = plan.train_images
+
+    def epochs_of(stage: str, cost: float, most: int) -> int:
+        affordable = int(TIME_SHARES[stage] * budget / (n * cost))
+        return s.given_number(stage, "--epochs") or max(1, min(most, MAX_EPOCHS[stage], affordable))
+
+    classifier_epochs = epochs_of("classifier", costs.classify, max(3, CLASSIFIER_IMAGES // n))
+    tokenizer_epochs = epochs_of("tokenizer", costs.tokenizer_training / processes, max(1, TOKENIZER_IMAGES // n))
+    long = classifier_epochs > 10
+    few_steps = tokenizer_epochs * (n // plan.batch_size) < 2000
     return {
         "classifier": {
-            "--epochs": work.classifier_epochs, "--global-batch-size": min(128, max(2, work.train // 4)),
-            "--name": f"{name}-classifier", "--flip": long and not s.no_flip,
-            "--max-shift": models.image_size // 16 if long else None,
+            "--epochs": classifier_epochs, "--global-batch-size": min(128, max(2, n // 4)),
+            "--name": f"{plan.name}-classifier", "--flip": long and not s.no_flip,
+            "--max-shift": plan.image_size // 16 if long else None,
         },
         "tokenizer": {
-            "--no-flip": s.no_flip, "--global-batch-size": batch, "--restart-dead-codes": 25,
-            "--epochs": work.tokenizer_epochs, "--ckpt-every": 500,
-            "--ema-decay": 0.99 if few_steps else 0.999,
-        },
-        "gpt": _gpt_flags(s, models, work, batch, epochs),
-        "sample": {
-            "--cfg-scale": f"{s.cfg_scale:g}", "--labels": "balanced", "--num-fid-samples": work.samples,
-            "--per-proc-batch-size": _sampling_batch(models.gpt, device),
+            "--no-flip": s.no_flip, "--global-batch-size": plan.batch_size, "--restart-dead-codes": 25,
+            "--epochs": tokenizer_epochs, "--ckpt-every": 500, "--ema-decay": 0.99 if few_steps else 0.999,
         },
     }  # fmt: skip
 
 
-def _epoch_cost(costs: Costs, n: int, levels: int) -> float:
-    """Seconds of an epoch, in the mean over a schedule of so many levels."""
+def _seconds(plan: Plan, costs: Costs, processes: int) -> dict[str, float]:
+    """Seconds of each stage, in order; of the GPT's training only its start."""
+    train, test, measured = plan.train_images, plan.test_images, plan.measured_images
+    views = 1 if plan.settings["no_flip"] else 2
+    codes = (costs.read + views * costs.encode) / processes
+    seconds = {
+        "reference": plan.reference_images * costs.read,
+        "test_images": measured * costs.read,
+        "reconstruct": measured * (costs.read + 2 * costs.encode),
+        "codes": train * codes,
+        "test_codes": test * codes,
+        "train": 0.0,
+        "sample": plan.samples * costs.sample / processes,
+        "grid": min(10, len(plan.classes)) * 12 * costs.sample,
+        "report": 0.0,
+    }
+    if plan.tokenizer in CATALOGUE or plan.init in CATALOGUE:
+        seconds["weights"] = 0.0
+    if plan.network == "train":
+        epochs = int(plan.flags["classifier"]["--epochs"][0])
+        seconds["classifier"] = 5 + (train + test) * costs.read + epochs * train * costs.classify
+    if plan.tokenizer == "train":
+        epochs = int(plan.flags["tokenizer"]["--epochs"][0])
+        seconds["tokenizer"] = train * (costs.read + epochs * costs.tokenizer_training / processes)
+    if plan.network != "none":
+        seconds["evaluate"] = 5 + (plan.reference_images + plan.samples + 2 * measured) * costs.classify / 2
+    return {stage: STARTUP + seconds[stage] for stage in TITLES if stage in seconds}
+
+
+def _training_cost(costs: Costs, levels: int) -> float:
+    """Seconds of training on an image, in the mean over a schedule of so many levels."""
     rows = patch_levels(2 ** (levels - 1), levels, 0.5)
-    return n * sum((row.stop - row.start) * costs.training[row.patch] for row in rows) / rows[-1].stop
+    return sum((row.stop - row.start) * costs.training[row.patch] for row in rows) / rows[-1].stop
 
 
 def _monitoring(flags: dict[str, list[str]], costs: Costs, epochs: int, steps: int) -> float:
@@ -244,20 +233,25 @@ def _monitoring(flags: dict[str, list[str]], costs: Costs, epochs: int, steps: i
     return steps / every * 2 * count * costs.training[1] / 3 + epochs / drawn * 64 * costs.sample
 
 
-def _gpt_flags(s: PipelineSettings, models: Models, work: Work, batch: int, epochs: int) -> dict[str, Any]:
-    levels, steps_per_epoch = level_count(s), work.train // batch
+def _gpt_flags(s: PipelineSettings, plan: Plan, epochs: int) -> dict[str, Any]:
+    levels, batch = level_count(s), plan.batch_size
+    steps_per_epoch = plan.train_images // batch
     steps = epochs * steps_per_epoch
-    rate = LEARNING_RATES.get(models.gpt_model, LARGE_LEARNING_RATE) * math.sqrt(batch / 64)
-    shortest = min(stage.stop - stage.start for stage in patch_levels(epochs, levels, 0.5))
-    return {
+    rate = LEARNING_RATES.get(plan.gpt_model, LARGE_LEARNING_RATE) * math.sqrt(batch / 64)
+    shortest = min(level.stop - level.start for level in patch_levels(epochs, levels, 0.5))
+    flags = {
         "--patch-level": levels, "--epoch-rate": 0.5, "--epochs": epochs, "--global-batch-size": batch,
         "--lr": f"{rate * (FINE_TUNING_FACTOR if s.init else 1):.2g}", "--end-lr": 1e-5, "--scheduler": True,
         "--warmup-epochs": f"{max(0.01, min(shortest / 10, 200 / steps_per_epoch)):.2g}", "--decay-ratio": 0.4,
         "--ema": True, "--ema-decay": 0.99 if steps < 3000 else 0.999 if steps < 50_000 else 0.9999,
         "--log-every": max(1, min(100, steps // 100)), "--ckpt-every": max(50, min(5000, steps // 10)),
-        "--val-images": min(1000, work.test), "--val-every": max(1, steps // 15), "--sample-every": max(1, epochs // 5),
+        "--val-images": min(1000, plan.test_images), "--val-every": max(1, steps // 15), "--sample-every": max(1, epochs // 5),
         "--init-classes": s.init_classes,
     }  # fmt: skip
+    if "--patch-sizes" in s.given("gpt"):  # a schedule of its own
+        for flag in ("--patch-level", "--epoch-rate", "--epochs"):
+            del flags[flag]
+    return flags
 
 
 def _sampling_batch(gpt: GPTConfig, device: torch.device) -> int:
@@ -266,26 +260,8 @@ def _sampling_batch(gpt: GPTConfig, device: torch.device) -> int:
     return max(4, min(500, KV_CACHE[device.type] // image))
 
 
-def _check_flags(stage: str, given: dict[str, list[str]]) -> None:
-    """Raise InputError for flags that a stage does not know, or that the pipeline itself decides."""
-    kind = STAGE_SETTINGS[stage]
-    known = {f"--{name.replace('_', '-')}" for name in kind.model_fields}
-    known |= {
-        f"--no-{name.replace('_', '-')}" for name, field in kind.model_fields.items() if "bool" in str(field.annotation)
-    }
-    for flag in given:
-        if flag not in known:
-            raise InputError(f"--{stage}-flags: unknown flag {flag}")
-        if flag in RESERVED_FLAGS:
-            raise InputError(
-                f"--{stage}-flags: {flag} is set by the pipeline; leave it out, or give it to the pipeline itself"
-            )
-
-
 def _merged(planned: dict[str, Any], given: dict[str, list[str]]) -> dict[str, list[str]]:
     """Flags as words: what is given takes the place of what is planned."""
-    if "--patch-sizes" in given:
-        planned = {k: v for k, v in planned.items() if k not in ("--patch-level", "--epoch-rate", "--epochs")}
     words = {
         flag: [] if value is True else [str(item) for item in value] if isinstance(value, list) else [str(value)]
         for flag, value in planned.items()
@@ -294,26 +270,25 @@ def _merged(planned: dict[str, Any], given: dict[str, list[str]]) -> dict[str, l
     return words | given
 
 
-def table(plan: Plan, titles: dict[str, str], done: Callable[[str], bool] = lambda stage: False) -> str:
-    """The plan in words: what was chosen, and the estimated time of each stage."""
+def table(plan: Plan, done: Collection[str] = ()) -> str:
+    """The plan in words: what was chosen, and the estimated time of each stage. done: stages that are."""
     views = "as they are" if plan.settings["no_flip"] else "and their mirror images"
     start = f", fine-tuned from {plan.init}" if plan.init else ""
     tokenizer = f"{plan.vq_model}, trained here" if plan.tokenizer == "train" else f"{plan.tokenizer} ({plan.vq_model})"
+    side = math.isqrt(plan.tokens)
     lines = [
         f"plan for {plan.name}: {plan.train_images:,} images to train on, {plan.test_images:,} held out, "
         f"{counted(len(plan.classes), 'class')}, {plan.image_size} px, {views}",
-        f"tokenizer: {tokenizer}, {math.isqrt(plan.tokens)}x{math.isqrt(plan.tokens)} codes an image",
+        f"tokenizer: {tokenizer}, {side}x{side} codes an image",
         f"GPT: {plan.gpt_model}{start}, {plan.epochs} epochs in batches of {plan.batch_size}",
         *[f"note: {text}" for text in plan.notes],
     ]
-    width = max(map(len, titles.values()))
+    width = max(map(len, TITLES.values()))
     for stage, seconds in plan.seconds.items():
-        note = "  (done)" if done(stage) else ""
-        lines.append(f"  {stage.ljust(12)} {titles.get(stage, '').ljust(width)} {clock(seconds):>9}{note}")
-    lines.append(
-        f"  {'all'.ljust(12)} {'estimated on this machine as it is now'.ljust(width)} {clock(sum(plan.seconds.values())):>9}"
-    )
-    return "\n".join(lines)
+        note = "  (done)" if stage in done else ""
+        lines.append(f"  {stage:12} {TITLES[stage]:{width}} {clock(seconds):>9}{note}")
+    whole = clock(sum(plan.seconds.values()))
+    return "\n".join([*lines, f"  {'all':12} {'estimated on this machine as it is now':{width}} {whole:>9}"])
 
 
 def clock(seconds: float) -> str:

@@ -8,9 +8,11 @@ import torch
 from scripts.pipeline.images import Images
 from scripts.pipeline.measure import Costs
 from scripts.pipeline.models import choose_models
+from scripts.pipeline.pages import Page
 from scripts.pipeline.plan import Plan, make_plan, table
+from scripts.pipeline.report import _next
 from scripts.pipeline.settings import PipelineSettings, parse_flags
-from scripts.pipeline.stages import TITLES, stages
+from scripts.pipeline.stages import stages
 from utils.cli import InputError
 
 COSTS = Costs(1e-3, 1e-3, 4e-3, 1e-3, {2**i: 1e-2 / 4**i for i in range(4)}, 2e-2)
@@ -22,10 +24,14 @@ def no_gpu(monkeypatch):
     monkeypatch.setenv("NPROC_PER_NODE", "1")
 
 
-def plan_for(n: int = 1700, classes: int = 9, side: int = 64, device: torch.device = CPU, **given) -> Plan:
+def images_of(n: int, classes: int, side: int) -> Images:
     names = [f"class {i}" for i in range(classes)]
-    images = Images("train.csv", "test.csv", n, n // 9, names, side, [], "content", {}, lambda: None)
-    s = PipelineSettings(images="images", **given)
+    return Images("train.csv", "test.csv", n, n // 9, names, side, [], "content", {}, lambda: None)
+
+
+def plan_for(n: int = 1700, classes: int = 9, side: int = 64, device: torch.device = CPU, **given) -> Plan:
+    images = images_of(n, classes, side)
+    s = PipelineSettings.checked(images="images", **given)
     return make_plan(s, "toy", images, choose_models(s, images, device), COSTS, device)
 
 
@@ -106,10 +112,19 @@ def test_the_stages_of_a_plan_are_those_of_its_table(tmp_path):
         plan = plan_for(**given)
         names = [stage.name for stage in stages(plan, tmp_path, tmp_path / "train.csv", tmp_path / "test.csv")]
         assert [*names, "report"] == list(plan.seconds)
-        text = table(plan, TITLES)
+        text = table(plan)
         assert all(math.isfinite(seconds) and name in text for name, seconds in plan.seconds.items())
     read = Plan.model_validate_json(plan.model_dump_json())
     assert read == plan
+
+
+def test_the_command_to_train_further_starts_from_the_new_weights_with_their_classes(tmp_path):
+    plan = plan_for(init="c2i_B_256", init_classes=["class 1=207"])
+    page = Page("t", tmp_path)
+    _next(page, tmp_path, plan, images_of(1700, 9, 64))
+    command = next(line for line in page.as_markdown().splitlines() if "train_c2i.sh" in line)
+    assert "--init-classes" not in command and "c2i_B_256" not in command
+    assert f"--gpt-ckpt '{tmp_path}/gpt/*-GPT-B/checkpoints/*.pt'" in command and command.endswith("--fresh")
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("30m", 1800), ("2h", 7200), ("90", 90), ("1.5d", 129600), ("45s", 45)])

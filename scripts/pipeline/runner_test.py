@@ -20,7 +20,7 @@ from scripts.pipeline.runner import Runner, Stage
 here = Path(sys.argv[1])
 script = "trap 'echo stopped >> asked; exit 0' TERM; touch waiting; for _ in $(seq 600); do sleep 0.1; done"
 with Runner(here / "done", here) as runner:
-    runner.run(Stage("waits", "waits", lambda: ["bash", "-c", script]))
+    runner.run(Stage("waits", ["bash", "-c", script]))
 """
 
 
@@ -35,7 +35,7 @@ def test_it_resumes_at_the_stage_that_failed_and_repeats_what_changed(tmp_path, 
         scripts = {"one": f"# {first}", "two": "true", "three": "exit 3"}
         with Runner(tmp_path / "done", tmp_path) as runner, pytest.raises(SystemExit) as error:
             for name, script in scripts.items():
-                runner.run(Stage(name, name, lambda script=script: ["bash", "-c", script]))
+                runner.run(Stage(name, ["bash", "-c", script]))
         assert error.value.code == 3
         return stages(capfd.readouterr().out)
 
@@ -75,7 +75,7 @@ def test_a_request_to_end_reaches_the_stage_and_is_waited_for(tmp_path, number, 
 
 def test_a_training_that_saved_and_ended_is_not_done(tmp_path, capsys):
     """A training that is itself sent SIGTERM saves and ends with status 0."""
-    stage = Stage("train", "training", lambda: ["true"], run_folder=lambda: tmp_path)
+    stage = Stage("train", ["true"], run_folder=lambda: tmp_path)
     for finished, done in (("false", False), ("true", True)):
         (tmp_path / "run.json").write_text(f'{{"id": "a", "args": {{}}, "finished": {finished}}}')
         with Runner(tmp_path / "done", tmp_path) as runner:
@@ -85,10 +85,10 @@ def test_a_training_that_saved_and_ended_is_not_done(tmp_path, capsys):
                 with pytest.raises(SystemExit) as error:
                     runner.run(stage)
                 assert error.value.code == 143 and "the same command continues" in capsys.readouterr().err
-            assert (runner.mark("train") is not None) == done
+            assert ("train" in runner.took(["train"])) == done
 
 
 def test_a_stage_that_a_signal_ended_has_the_shells_status(tmp_path):
     with Runner(tmp_path / "done", tmp_path) as runner, pytest.raises(SystemExit) as error:
-        runner.run(Stage("train", "training", lambda: ["bash", "-c", "kill -KILL $$"]))
-    assert error.value.code == 137 and runner.mark("train") is None
+        runner.run(Stage("train", ["bash", "-c", "kill -KILL $$"]))
+    assert error.value.code == 137 and not runner.took(["train"])

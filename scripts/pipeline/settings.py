@@ -10,10 +10,19 @@ from pydantic import AfterValidator, BeforeValidator, model_validator
 from typing_extensions import Self
 
 from autoregressive.models.gpt import PRESETS as GPT_PRESETS
+from autoregressive.sample.sample_c2i_ddp import SampleSettings
+from autoregressive.train.train_c2i import TrainSettings
 from dataset.images import ImageSettings
+from evaluations.c2i.train_classifier import ClassifierSettings
 from tokenizer.tokenizer_image.vq_model import PRESETS as VQ_PRESETS
-from utils.settings import AtLeastOne, FractionBelowOne, PositiveInt, one_of, setting
+from tokenizer.tokenizer_image.vq_settings import TokenizerSettings
+from utils.cli import InputError
+from utils.settings import AtLeastOne, FractionBelowOne, PositiveInt, Settings, one_of, setting
 
+DECIDED = frozenset((  # by the pipeline itself
+    "data-path", "val-path", "out", "results-dir", "code-path", "val-code-path", "sample-dir", "vq-ckpt", "gpt-ckpt",
+    "gpt-model", "vq-model", "image-size", "dataset", "background", "exif-orientation", "fresh", "dry-run", "init-classes",
+))  # fmt: skip
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 LARGEST_BUDGET = 365 * 86400  # seconds
 
@@ -33,17 +42,41 @@ def _word(text: str) -> str:
     return text
 
 
-def _flags(text: str) -> str:
+def parse_flags(text: str) -> dict[str, list[str]]:
+    """`--lr 1e-3 --ema --name=x` as {"--lr": ["1e-3"], "--ema": [], "--name": ["x"]}. Raises ValueError for no flags."""
     try:
         words = shlex.split(text)
     except ValueError as error:
         raise ValueError(f"expected flags as on a command line, got {text[:60]!r} ({error})") from None
     if words and not words[0].startswith("--"):
         raise ValueError(f"expected flags such as '--lr 1e-3', got {text[:60]!r}")
-    return text
+    found: dict[str, list[str]] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            found[name] = [value] if equals else []
+        else:
+            found[name].append(word)
+    return found
 
 
-Flags = Annotated[str, AfterValidator(_flags)]
+def flags_of(stage: type[Settings]) -> Any:
+    """The type of a setting that holds more flags of a stage: those that it knows and the pipeline does not decide."""
+    fields = {name.replace("_", "-"): str(field.annotation) for name, field in stage.model_fields.items()}
+    known = {*fields, *(f"no-{name}" for name, annotation in fields.items() if "bool" in annotation)}
+
+    def check(text: str) -> str:
+        for flag in parse_flags(text):
+            if flag[2:] not in known:
+                raise ValueError(f"unknown flag {flag}")
+            if flag[2:] in DECIDED:
+                raise ValueError(f"{flag} is set by the pipeline; leave it out, or give it to the pipeline itself")
+        return text
+
+    return Annotated[str, AfterValidator(check)]
+
+
 ImageSize = Annotated[int, Interval(ge=16, le=1024), "a whole number from 16 to 1024"]
 
 
@@ -85,12 +118,12 @@ class PipelineSettings(ImageSettings):
         None, "whose features figures are in: train (a classifier), inception, none, or a .pt2", metavar="NETWORK"
     )
 
-    classifier_flags: Flags = setting(
+    classifier_flags: flags_of(ClassifierSettings) = setting(
         "", 'more flags of train_classifier.sh, in quotes: ="--epochs 5"', metavar="FLAGS"
     )
-    tokenizer_flags: Flags = setting("", "more flags of train_vq.sh", metavar="FLAGS")
-    gpt_flags: Flags = setting("", "more flags of train_c2i.sh", metavar="FLAGS")
-    sample_flags: Flags = setting("", "more flags of sample_c2i.sh", metavar="FLAGS")
+    tokenizer_flags: flags_of(TokenizerSettings) = setting("", "more flags of train_vq.sh", metavar="FLAGS")
+    gpt_flags: flags_of(TrainSettings) = setting("", "more flags of train_c2i.sh", metavar="FLAGS")
+    sample_flags: flags_of(SampleSettings) = setting("", "more flags of sample_c2i.sh", metavar="FLAGS")
 
     @model_validator(mode="after")
     def _together(self) -> Self:
@@ -100,15 +133,15 @@ class PipelineSettings(ImageSettings):
             raise ValueError("--vq-model is for a tokenizer that is trained: leave it out, or give --tokenizer train")
         return self
 
+    def given(self, stage: str) -> dict[str, list[str]]:
+        """The flags given for a stage, with their values."""
+        return parse_flags(getattr(self, f"{stage}_flags"))
 
-def parse_flags(text: str) -> dict[str, list[str]]:
-    """`--lr 1e-3 --ema --name=x` as {"--lr": ["1e-3"], "--ema": [], "--name": ["x"]}."""
-    found: dict[str, list[str]] = {}
-    name = ""
-    for word in shlex.split(text):
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            found[name] = [value] if equals else []
-        else:
-            found[name].append(word)
-    return found
+    def given_number(self, stage: str, flag: str) -> int | None:
+        """A number among the flags given for a stage. Raises InputError for one that is no whole number above 0."""
+        words = self.given(stage).get(flag)
+        if words is None:
+            return None
+        if len(words) != 1 or not words[0].isdecimal() or not 0 < int(words[0]) < 1 << 20:
+            raise InputError(f"--{stage}-flags {flag}: expected a whole number of at least 1, got {' '.join(words)!r}")
+        return int(words[0])
