@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from scripts.pipeline.settings import parse_flags
 from utils.testing import ROOT
 
 PYTHON = f"""#!/usr/bin/env bash
@@ -22,7 +23,7 @@ esac
 VQ, IMAGES = "RUN/tokenizer/vq.pt", "RUN/images"
 # What the README's figures were made with: every flag that is not a default.
 EXPECTED = {
-    "reference": f"{IMAGES}/train RUN/reference.npz --image-size 32 --num-images 40",
+    "reference": f"{IMAGES}/train RUN/reference.npz --image-size 32 --num-images 160",
     "test_images": f"{IMAGES}/test RUN/test.npz --image-size 32 --num-images 20",
     "classifier": f"--data-path {IMAGES}/train --val-path {IMAGES}/test --image-size 32 --name fashion-mnist-classifier "
     "--out RUN/classifier.pt2 --epochs 3 --global-batch-size 128",
@@ -51,8 +52,8 @@ def python(tmp_path_factory) -> Path:
     """A Python beside a run with few images, so that numbers of images are those there are."""
     root = tmp_path_factory.mktemp("quickstart")
     rng = np.random.default_rng(0)
-    for split, n in (("train", 40), ("test", 20)):
-        for i in range(n * (1 if split == "test" else 4)):
+    for split, n in (("train", 160), ("test", 20)):
+        for i in range(n):
             path = root / "my run" / "images" / split / f"class {i % 2}" / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(path)
@@ -81,24 +82,13 @@ def commands(python: Path, **env: str) -> dict[str, list[str]]:
     return {name: command.replace(run, "RUN").split() for name, _, command in lines}
 
 
-def flags(words: list[str]) -> dict[str, list[str]]:
-    """Flags and their values; what stands before the first one under ""."""
-    found: dict[str, list[str]] = {"": []}
-    name = ""
-    for word in words:
-        name = word if word.startswith("--") else name
-        found.setdefault(name, []).extend([] if word.startswith("--") else [word])
-    return found
-
-
 def same(words: list[str], expected: str, batch: int) -> None:
-    numbers = {"--num-images": None}
+    """Whether a command has these files and flags; 0.01 is 1e-2."""
     start = next(i for i, word in enumerate(words) if word.endswith((".sh", ".py", "reference"))) + 1
-    got, wanted = flags(words[start:]), flags(expected.replace("BATCH", str(batch)).split())
+    got = parse_flags(shlex.join(["--files", *words[start:]]))
+    wanted = parse_flags(f"--files {expected.replace('BATCH', str(batch))}")
     assert got.keys() == wanted.keys()
     for name, values in wanted.items():
-        if name in numbers:
-            continue
         for value, other in zip(got[name], values, strict=True):
             assert value == other or float(value) == float(other), (name, value, other)
 

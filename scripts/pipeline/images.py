@@ -81,21 +81,18 @@ def open_images(s: PipelineSettings, run: Path) -> Images:
 def _root(given: Path, run: Path) -> Path:
     """The folder or table that is meant: unpacked, and without a folder around it that holds nothing else."""
     path = given.expanduser().absolute()
-    try:
-        if is_archive(path):
-            path = unpack(path, run / "unpacked")
-        elif is_table(path):
-            return path
-        elif not path.is_dir():
-            kinds = f"a folder, a file that ends in {', '.join((*TABLES, *ARCHIVES))}"
-            raise InputError(
-                f"--images {given}: {'expected' if path.exists() else 'there is no such path; expected'} {kinds}"
-            )
-        while (inner := _wrapped(path)) is not None:
-            note(f"{path} holds nothing but {inner.name}/: taking that")
-            path = inner
-    except PermissionError as error:
-        raise InputError(f"--images {given}: {error.filename or path} cannot be opened ({error.strerror})") from None
+    if is_table(path):
+        return path
+    if is_archive(path):
+        path = unpack(path, run / "unpacked")
+    elif not path.is_dir():
+        kinds = f"a folder, a file that ends in {', '.join((*TABLES, *ARCHIVES))}"
+        raise InputError(
+            f"--images {given}: {'expected' if path.exists() else 'there is no such path; expected'} {kinds}"
+        )
+    while inner := _wrapped(path):
+        note(f"{path} holds nothing but {inner.name}/: taking that")
+        path = inner
     return path
 
 

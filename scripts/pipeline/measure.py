@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,15 +92,11 @@ def _training(loss: Callable[[], Tensor], device: torch.device) -> float:
 
 def _reading(paths: list[str], size: int) -> float:
     start, n = time.perf_counter(), 0
-    for path in paths:
-        try:
-            center_crop(decode(Path(path)), size)
-        except Unreadable:
-            continue
+    while n < len(paths) and time.perf_counter() - start < ENOUGH:
+        with suppress(Unreadable):
+            center_crop(decode(Path(paths[n])), size)
         n += 1
-        if time.perf_counter() - start > ENOUGH:
-            break
-    return (time.perf_counter() - start) / max(1, n)
+    return (time.perf_counter() - start) / n
 
 
 def _sampling(config: GPTConfig, device: torch.device) -> float:

@@ -1,6 +1,7 @@
 """The plan of a pipeline: what is chosen from the data, the device and the time, and how long each stage will take."""
 
 import math
+import shlex
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from pretrained_models.catalogue import CATALOGUE
 from scripts.pipeline.images import Images
 from scripts.pipeline.measure import Costs
 from scripts.pipeline.models import Models, absolute, level_count
-from scripts.pipeline.settings import PipelineSettings
+from scripts.pipeline.settings import PipelineSettings, parse_flags
 from utils.cli import InputError, counted
 from utils.distributed import from_environment
 from utils.records import Record
@@ -106,14 +107,13 @@ def make_plan(
         vq_model=models.vq_model, init=s.init and absolute(s.init), gpt_model=models.gpt_model, epochs=0, batch_size=batch,
         network=network, samples=samples, flags={}, seconds={}, notes=[],
     )  # fmt: skip
-    flags = {
-        **_first_flags(s, plan, costs, budget, processes),
-        "sample": {
-            "--cfg-scale": f"{s.cfg_scale:g}", "--labels": "balanced", "--num-fid-samples": samples,
-            "--per-proc-batch-size": _sampling_batch(models.gpt, device),
-        },
-    }  # fmt: skip
-    plan = plan.model_copy(update={"flags": {stage: _merged(flags[stage], s.given(stage)) for stage in flags}})
+    planned = _first_flags(s, plan, costs, budget, processes) | {
+        "sample": f"--cfg-scale {s.cfg_scale:g} --labels balanced --num-fid-samples {samples} "
+        f"--per-proc-batch-size {_sampling_batch(models.gpt, device)}"
+    }
+    # What is given takes the place of what is planned.
+    flags = {stage: parse_flags(text) | s.given(stage) for stage, text in planned.items()}
+    plan = plan.model_copy(update={"flags": flags})
     seconds = _seconds(plan, costs, processes)
     levels = level_count(s)
     an_epoch, least = n * _training_cost(costs, levels) / processes, 2 ** (levels - 1)
@@ -123,11 +123,11 @@ def make_plan(
         epochs = max(least, min(MAX_EPOCHS["gpt"], int(left / an_epoch)))
         if left < an_epoch * least:
             notes.append(f"the time of {budget:.0f} s is too short for {least} epochs: the plan exceeds it")
-    gpt_flags = _merged(_gpt_flags(s, plan, epochs), s.given("gpt"))
+    gpt_flags = parse_flags(_gpt_flags(s, plan, epochs)) | s.given("gpt")
     seconds["train"] += epochs * an_epoch + _monitoring(gpt_flags, costs, epochs, epochs * (n // batch))
     rounded = {stage: round(value, 1) for stage, value in seconds.items()}
     return plan.model_copy(
-        update={"epochs": epochs, "flags": {**plan.flags, "gpt": gpt_flags}, "seconds": rounded, "notes": notes}
+        update={"epochs": epochs, "flags": {**flags, "gpt": gpt_flags}, "seconds": rounded, "notes": notes}
     )
 
 
@@ -165,10 +165,8 @@ def _network(s: PipelineSettings, images: Images) -> tuple[str, list[str]]:
     return ("none", ["no figures: too few test images for them"]) if few else ("train", [])
 
 
-def _first_flags(
-    s: PipelineSettings, plan: Plan, costs: Costs, budget: float, processes: int
-) -> dict[str, dict[str, Any]]:
-    """The flags of the classifier and the tokenizer, which share the time that TIME_SHARES says."""
+def _first_flags(s: PipelineSettings, plan: Plan, costs: Costs, budget: float, processes: int) -> dict[str, str]:
+    """The flags of the classifier and the tokenizer, whose epochs take the shares of the time in TIME_SHARES."""
     n = plan.train_images
 
     def epochs_of(stage: str, cost: float, most: int) -> int:
@@ -180,16 +178,12 @@ def _first_flags(
     long = classifier_epochs > 10
     few_steps = tokenizer_epochs * (n // plan.batch_size) < 2000
     return {
-        "classifier": {
-            "--epochs": classifier_epochs, "--global-batch-size": min(128, max(2, n // 4)),
-            "--name": f"{plan.name}-classifier", "--flip": long and not s.no_flip,
-            "--max-shift": plan.image_size // 16 if long else None,
-        },
-        "tokenizer": {
-            "--no-flip": s.no_flip, "--global-batch-size": plan.batch_size, "--restart-dead-codes": 25,
-            "--epochs": tokenizer_epochs, "--ckpt-every": 500, "--ema-decay": 0.99 if few_steps else 0.999,
-        },
-    }  # fmt: skip
+        "classifier": f"--epochs {classifier_epochs} --global-batch-size {min(128, max(2, n // 4))} "
+        f"--name {plan.name}-classifier {'--flip' if long and not s.no_flip else ''} "
+        + (f"--max-shift {plan.image_size // 16}" if long else ""),
+        "tokenizer": f"{'--no-flip' if s.no_flip else ''} --global-batch-size {plan.batch_size} --restart-dead-codes 25 "
+        f"--epochs {tokenizer_epochs} --ckpt-every 500 --ema-decay {0.99 if few_steps else 0.999}",
+    }
 
 
 def _seconds(plan: Plan, costs: Costs, processes: int) -> dict[str, float]:
@@ -233,41 +227,29 @@ def _monitoring(flags: dict[str, list[str]], costs: Costs, epochs: int, steps: i
     return steps / every * 2 * count * costs.training[1] / 3 + epochs / drawn * 64 * costs.sample
 
 
-def _gpt_flags(s: PipelineSettings, plan: Plan, epochs: int) -> dict[str, Any]:
+def _gpt_flags(s: PipelineSettings, plan: Plan, epochs: int) -> str:
     levels, batch = level_count(s), plan.batch_size
     steps_per_epoch = plan.train_images // batch
     steps = epochs * steps_per_epoch
     rate = LEARNING_RATES.get(plan.gpt_model, LARGE_LEARNING_RATE) * math.sqrt(batch / 64)
     shortest = min(level.stop - level.start for level in patch_levels(epochs, levels, 0.5))
-    flags = {
-        "--patch-level": levels, "--epoch-rate": 0.5, "--epochs": epochs, "--global-batch-size": batch,
-        "--lr": f"{rate * (FINE_TUNING_FACTOR if s.init else 1):.2g}", "--end-lr": 1e-5, "--scheduler": True,
-        "--warmup-epochs": f"{max(0.01, min(shortest / 10, 200 / steps_per_epoch)):.2g}", "--decay-ratio": 0.4,
-        "--ema": True, "--ema-decay": 0.99 if steps < 3000 else 0.999 if steps < 50_000 else 0.9999,
-        "--log-every": max(1, min(100, steps // 100)), "--ckpt-every": max(50, min(5000, steps // 10)),
-        "--val-images": min(1000, plan.test_images), "--val-every": max(1, steps // 15), "--sample-every": max(1, epochs // 5),
-        "--init-classes": s.init_classes,
-    }  # fmt: skip
-    if "--patch-sizes" in s.given("gpt"):  # a schedule of its own
-        for flag in ("--patch-level", "--epoch-rate", "--epochs"):
-            del flags[flag]
-    return flags
+    own_schedule = "--patch-sizes" in s.given("gpt")
+    schedule = "" if own_schedule else f"--patch-level {levels} --epoch-rate 0.5 --epochs {epochs}"
+    return (
+        f"{schedule} --global-batch-size {batch} --lr {rate * (FINE_TUNING_FACTOR if s.init else 1):.2g} --end-lr 1e-05 "
+        f"--scheduler --warmup-epochs {max(0.01, min(shortest / 10, 200 / steps_per_epoch)):.2g} --decay-ratio 0.4 "
+        f"--ema --ema-decay {0.99 if steps < 3000 else 0.999 if steps < 50_000 else 0.9999} "
+        f"--log-every {max(1, min(100, steps // 100))} --ckpt-every {max(50, min(5000, steps // 10))} "
+        f"--val-images {min(1000, plan.test_images)} --val-every {max(1, steps // 15)} "
+        f"--sample-every {max(1, epochs // 5)} "
+        + (shlex.join(["--init-classes", *s.init_classes]) if s.init_classes else "")
+    )
 
 
 def _sampling_batch(gpt: GPTConfig, device: torch.device) -> int:
     """Images whose keys and values, with those of guidance, take at most KV_CACHE."""
     image = 2 * 2 * 4 * gpt.block_size * gpt.n_layer * gpt.kv_heads * gpt.head_dim
     return max(4, min(500, KV_CACHE[device.type] // image))
-
-
-def _merged(planned: dict[str, Any], given: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Flags as words: what is given takes the place of what is planned."""
-    words = {
-        flag: [] if value is True else [str(item) for item in value] if isinstance(value, list) else [str(value)]
-        for flag, value in planned.items()
-        if value is not None and value is not False
-    }
-    return words | given
 
 
 def table(plan: Plan, done: Collection[str] = ()) -> str:

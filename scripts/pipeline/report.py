@@ -30,13 +30,13 @@ COMPARED = 500  # samples whose nearest training image is looked for
 
 def write(run: Path, plan: Plan, images: Images, took: Mapping[str, float]) -> None:
     """Write both forms, and print the Markdown. took: seconds of each stage. Raises InputError where files are missing."""
-    gpt = newest_gpt(run, plan)
-    if gpt is None:
-        raise InputError(f"there is no training in {run / 'gpt'}: run the same command again")
+    gpt, samples = newest_gpt(run, plan), sample_files(run)
+    if gpt is None or not samples:
+        raise InputError(f"{run} holds no training or no samples: delete {run / 'done'} and run the same command again")
     page = Page(f"{plan.name}: {plan.gpt_model}, {plan.image_size} px", run)
     _summary(page, run, plan, gpt)
-    _figures(page, run, plan)
-    _classes(page, run, plan)
+    _figures(page, run, plan, samples[-1])
+    _classes(page, run, plan, samples[-1])
     _losses(page, run, plan, gpt)
     _left_out(page, run, images)
     _times(page, plan, took)
@@ -60,15 +60,14 @@ def _summary(page: Page, run: Path, plan: Plan, gpt: Path) -> None:
     page.picture(run / "samples.png", "Samples, a row a class")
 
 
-def _figures(page: Page, run: Path, plan: Plan) -> None:
+def _figures(page: Page, run: Path, plan: Plan, samples: Path) -> None:
     """Samples beside what can be attained: reconstructions and real test images."""
     page.heading("Figures")
-    samples = sample_files(run)
-    if plan.network == "none" or not samples:
+    if plan.network == "none":
         for note in plan.notes:
             page.text(note)
     else:
-        _metrics(page, run, samples[-1])
+        _metrics(page, run, samples)
     psnr = read_json(run / "reconstructions.json")["psnr"]
     side = int(plan.tokens**0.5)
     page.text(f"Tokenizer: {plan.vq_model}, {side}x{side} codes an image, PSNR {psnr:.1f} on test images.")
@@ -109,12 +108,9 @@ def _metrics(page: Page, run: Path, samples: Path) -> None:
         page.text(f"What to mind: {'; '.join(warnings)}.".replace(f"{run}/", ""))
 
 
-def _classes(page: Page, run: Path, plan: Plan) -> None:
+def _classes(page: Page, run: Path, plan: Plan, samples: Path) -> None:
     """A picture a class: real images, samples, and the training image nearest to each sample."""
-    samples = sample_files(run)
-    if not samples:
-        return
-    drawn, real, test = Samples(samples[-1]), Samples(run / "reference.npz"), Samples(run / "test.npz")
+    drawn, real, test = Samples(samples), Samples(run / "reference.npz"), Samples(run / "test.npz")
     mirrored = not plan.settings["no_flip"]
     near, held = (nearest(pick(file, evenly_spaced(len(file), COMPARED)), real, mirrored)[1] for file in (drawn, test))
     among = "all" if len(real) == plan.train_images else f"{len(real):,} of {plan.train_images:,}"

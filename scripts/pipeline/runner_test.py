@@ -4,12 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from scripts.pipeline.runner import Runner, Stage
-from utils.testing import ROOT
+from utils.testing import ROOT, wait_for
 
 # A stage that waits for a request to end.
 PROGRAM = """
@@ -50,21 +49,16 @@ def test_it_resumes_at_the_stage_that_failed_and_repeats_what_changed(tmp_path, 
 @pytest.mark.parametrize(
     ("number", "status", "env"),
     [
-        (signal.SIGTERM, 143, {}),
-        (signal.SIGHUP, 129, {}),
-        (signal.SIGINT, 130, {}),
+        (signal.SIGTERM, 143, {}), (signal.SIGHUP, 129, {}), (signal.SIGINT, 130, {}),
         (signal.SIGUSR1, 138, {"SLURM_JOB_ID": "1"}),
     ],
-)
+)  # fmt: skip
 def test_a_request_to_end_reaches_the_stage_and_is_waited_for(tmp_path, number, status, env):
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT), **env}, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "waiting").is_file():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for("the stage waits", (tmp_path / "waiting").is_file, process)
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == status, output

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Interval
-from pydantic import AfterValidator, BeforeValidator, model_validator
+from pydantic import AfterValidator, BeforeValidator, StringConstraints, model_validator
 from typing_extensions import Self
 
 from autoregressive.models.gpt import PRESETS as GPT_PRESETS
@@ -34,12 +34,6 @@ def _seconds(text: Any) -> float:
     if not 0 < seconds <= LARGEST_BUDGET:
         raise ValueError(f"expected a time such as 30m, 2h or 900s, got {str(text)[:40]!r}")
     return seconds
-
-
-def _word(text: str) -> str:
-    if not re.fullmatch(r"[\w.+-]{1,60}", text):
-        raise ValueError(f"expected a word of letters, digits and ._+-, got {text[:40]!r}")
-    return text
 
 
 def parse_flags(text: str) -> dict[str, list[str]]:
@@ -77,6 +71,7 @@ def flags_of(stage: type[Settings]) -> Any:
     return Annotated[str, AfterValidator(check)]
 
 
+Word = Annotated[str, StringConstraints(pattern=r"^[\w.+-]{1,60}$"), "a word of letters, digits and ._+-"]
 ImageSize = Annotated[int, Interval(ge=16, le=1024), "a whole number from 16 to 1024"]
 
 
@@ -89,7 +84,7 @@ class PipelineSettings(ImageSettings):
         free=True,
     )
     run: Path | None = setting(None, "folder for everything that is made; default: runs/NAME", free=True)
-    name: Annotated[str, AfterValidator(_word)] | None = setting(None, "a word for the data; default: from --images")
+    name: Word | None = setting(None, "a word for the data; default: from --images")
     dry_run: bool = setting(False, "print the plan and the commands, and stop", free=True)
     time_budget: Annotated[float, BeforeValidator(_seconds)] | None = setting(
         None, "what the plan aims at, such as 30m or 2h; default: 30m on a CPU, 1h on a GPU", metavar="TIME"
