@@ -124,10 +124,8 @@ def _parts(root: Path) -> tuple[Path, Path] | None:
 
 def _write_tables(whole: ImageFolder, root: Path, run: Path, chosen: np.ndarray) -> None:
     """RUN/train.csv and RUN/test.csv, whose files lie below RUN/source, a link to the images."""
-    link, target = run / "source", root if root.is_dir() else root.parent
-    if not link.is_symlink() or link.readlink() != target:
-        with atomic_path(link, sync=False) as temporary:
-            temporary.symlink_to(target, target_is_directory=True)
+    with atomic_path(run / "source", sync=False) as temporary:
+        temporary.symlink_to(root if root.is_dir() else root.parent)
     for path, rows in ((run / "train.csv", np.flatnonzero(~chosen)), (run / "test.csv", np.flatnonzero(chosen))):
         names = [name if name.startswith("/") else f"source/{name}" for name in (whole.names[i] for i in rows)]
         write_table(path, names, whole.labels[rows].tolist(), whole.classes)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from autoregressive.models.gpt import GPTConfig
 from autoregressive.train.schedule import patch_levels
@@ -123,12 +124,14 @@ def make_plan(
         epochs = max(least, min(MAX_EPOCHS["gpt"], int(left / an_epoch)))
         if left < an_epoch * least:
             notes.append(f"the time of {budget:.0f} s is too short for {least} epochs: the plan exceeds it")
-    gpt_flags = parse_flags(_gpt_flags(s, plan, epochs)) | s.given("gpt")
-    seconds["train"] += epochs * an_epoch + _monitoring(gpt_flags, costs, epochs, epochs * (n // batch))
-    rounded = {stage: round(value, 1) for stage, value in seconds.items()}
+    gpt_flags = parse_flags(_gpt_flags(s, plan, epochs))
+    seconds["train"] += epochs * an_epoch + _monitoring(s, gpt_flags, costs, epochs, epochs * (n // batch))
     return plan.model_copy(
-        update={"epochs": epochs, "flags": {**flags, "gpt": gpt_flags}, "seconds": rounded, "notes": notes}
-    )
+        update={
+            "epochs": epochs, "flags": {**flags, "gpt": gpt_flags | s.given("gpt")}, "notes": notes,
+            "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
+        }
+    )  # fmt: skip
 
 
 def _processes() -> int:
@@ -221,10 +224,11 @@ def _training_cost(costs: Costs, levels: int) -> float:
     return sum((row.stop - row.start) * costs.training[row.patch] for row in rows) / rows[-1].stop
 
 
-def _monitoring(flags: dict[str, list[str]], costs: Costs, epochs: int, steps: int) -> float:
+def _monitoring(s: PipelineSettings, planned: dict[str, list[str]], costs: Costs, epochs: int, steps: int) -> float:
     """Seconds of a training's validations, of the weights and their average, and of the samples that it draws."""
-    count, every, drawn = (int(float(flags[f"--{name}"][0])) for name in ("val-images", "val-every", "sample-every"))
-    return steps / every * 2 * count * costs.training[1] / 3 + epochs / drawn * 64 * costs.sample
+    names = ("--val-images", "--val-every", "--sample-every")
+    images, every, drawn = (s.given_number("gpt", name) or int(planned[name][0]) for name in names)
+    return steps / every * 2 * images * costs.training[1] / 3 + epochs / drawn * 64 * costs.sample
 
 
 def _gpt_flags(s: PipelineSettings, plan: Plan, epochs: int) -> str:
@@ -268,12 +272,6 @@ def table(plan: Plan, done: Collection[str] = ()) -> str:
     width = max(map(len, TITLES.values()))
     for stage, seconds in plan.seconds.items():
         note = "  (done)" if stage in done else ""
-        lines.append(f"  {stage:12} {TITLES[stage]:{width}} {clock(seconds):>9}{note}")
-    whole = clock(sum(plan.seconds.values()))
+        lines.append(f"  {stage:12} {TITLES[stage]:{width}} {tqdm.format_interval(seconds):>9}{note}")
+    whole = tqdm.format_interval(sum(plan.seconds.values()))
     return "\n".join([*lines, f"  {'all':12} {'estimated on this machine as it is now':{width}} {whole:>9}"])
-
-
-def clock(seconds: float) -> str:
-    """1:02:03 or 2:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

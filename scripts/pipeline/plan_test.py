@@ -97,6 +97,7 @@ def test_the_global_batch_divides_by_any_number_of_processes(monkeypatch, proces
         ({"init": "vq_ds16_c2i"}, "is a tokenizer"), ({"init": "c2i_B_256", "gpt_model": "GPT-L"}, "is a GPT-B"),
         ({"init": "c2i_B_256", "tokenizer": "train"}, "give that --tokenizer"), ({"batch_size": 9999}, "more than the 1700"),
         ({"gpt_flags": "--patch-level x"}, "whole number"),
+        ({"gpt_flags": "--val-every 0"}, "whole number"), ({"gpt_flags": "--sample-every"}, "whole number"),
         ({"gpt_flags": "--learning-rate 1"}, "unknown flag --learning-rate"),
         ({"sample_flags": "--sample-dir x"}, "is set by the pipeline"), ({"network": "nowhere.pt2"}, "there is no file"),
         ({"tokenizer": "nowhere.pt"}, "there is no file"),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from autoregressive.train.schedule import free_levels, patch_levels, relative_cost
 from dataset.images import evenly_spaced
@@ -13,7 +14,7 @@ from scripts.benchmark.harness import card
 from scripts.pipeline.images import Images
 from scripts.pipeline.nearest import nearest, pick
 from scripts.pipeline.pages import Page
-from scripts.pipeline.plan import TITLES, Plan, clock
+from scripts.pipeline.plan import TITLES, Plan
 from scripts.pipeline.stages import newest_checkpoint, newest_gpt, sample_files, stages, tokenizer_file
 from utils import draw
 from utils.cli import InputError, counted
@@ -187,11 +188,10 @@ def _left_out(page: Page, run: Path, images: Images) -> None:
 
 
 def _times(page: Page, plan: Plan, took: Mapping[str, float]) -> None:
-    rows = [[TITLES[stage], clock(plan.seconds[stage]), clock(seconds)] for stage, seconds in took.items()]
-    planned = sum(plan.seconds[stage] for stage in took)
+    rows = [(TITLES[stage], plan.seconds[stage], seconds) for stage, seconds in took.items()]
+    rows.append(("all, after installation", sum(plan.seconds[stage] for stage in took), sum(took.values())))
     page.heading("Time")
-    all_of_them = ["all, after installation", clock(planned), clock(sum(took.values()))]
-    page.table(["stage", "planned", "took"], [*rows, all_of_them])
+    page.table(["stage", "planned", "took"], [[title, *map(tqdm.format_interval, times)] for title, *times in rows])
 
 
 def _next(page: Page, run: Path, plan: Plan, images: Images) -> None:
