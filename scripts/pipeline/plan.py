@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from autoregressive.models.gpt import GPTConfig
 from autoregressive.train.schedule import patch_levels
@@ -272,6 +271,12 @@ def table(plan: Plan, done: Collection[str] = ()) -> str:
     width = max(map(len, TITLES.values()))
     for stage, seconds in plan.seconds.items():
         note = "  (done)" if stage in done else ""
-        lines.append(f"  {stage:12} {TITLES[stage]:{width}} {tqdm.format_interval(seconds):>9}{note}")
-    whole = tqdm.format_interval(sum(plan.seconds.values()))
+        lines.append(f"  {stage:12} {TITLES[stage]:{width}} {clock(seconds):>9}{note}")
+    whole = clock(sum(plan.seconds.values()))
     return "\n".join([*lines, f"  {'all':12} {'estimated on this machine as it is now':{width}} {whole:>9}"])
+
+
+def clock(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from autoregressive.train.schedule import free_levels, patch_levels, relative_cost
 from dataset.images import evenly_spaced
@@ -14,7 +13,7 @@ from scripts.benchmark.harness import card
 from scripts.pipeline.images import Images
 from scripts.pipeline.nearest import nearest, pick
 from scripts.pipeline.pages import Page
-from scripts.pipeline.plan import TITLES, Plan
+from scripts.pipeline.plan import TITLES, Plan, clock
 from scripts.pipeline.stages import newest_checkpoint, newest_gpt, sample_files, stages, tokenizer_file
 from utils import draw
 from utils.cli import InputError, counted
@@ -191,7 +190,7 @@ def _times(page: Page, plan: Plan, took: Mapping[str, float]) -> None:
     rows = [(TITLES[stage], plan.seconds[stage], seconds) for stage, seconds in took.items()]
     rows.append(("all, after installation", sum(plan.seconds[stage] for stage in took), sum(took.values())))
     page.heading("Time")
-    page.table(["stage", "planned", "took"], [[title, *map(tqdm.format_interval, times)] for title, *times in rows])
+    page.table(["stage", "planned", "took"], [[title, *map(clock, times)] for title, *times in rows])
 
 
 def _next(page: Page, run: Path, plan: Plan, images: Images) -> None:
@@ -201,18 +200,10 @@ def _next(page: Page, run: Path, plan: Plan, images: Images) -> None:
     further = plan.model_copy(update={"init": checkpoint, "flags": {**plan.flags, "gpt": gpt_flags}})
     train = next(stage for stage in stages(further, run, images.train, images.test) if stage.name == "train")
     models = ["--vq-ckpt", tokenizer_file(run, plan), "--gpt-ckpt", checkpoint]
-    guidance = f"{plan.settings['cfg_scale']:g}"
     more = [
-        "--labels",
-        "0",
-        "--cfg-scale",
-        guidance,
-        "--num-fid-samples",
-        "64",
-        "--save-png",
-        "--sample-dir",
-        f"{run}/more",
-    ]
+        "--labels", "0", "--cfg-scale", f"{plan.settings['cfg_scale']:g}", "--num-fid-samples", "64", "--save-png",
+        "--sample-dir", f"{run}/more",
+    ]  # fmt: skip
     commands = {
         "Train these weights further, with a new schedule:": [*train.command, "--fresh"],
         "Draw more of a class:": ["bash", "scripts/autoregressive/sample_c2i.sh", *models, *more],
