@@ -21,10 +21,12 @@ def progress(items: Iterable | None = None, *, show: bool = True, **options: Any
 
 
 def duration(seconds: float) -> str:
-    """1:02:03, or 2 d 3 h for what takes days."""
+    """2:03, 1:02:03, or 2 d 3 h for what takes days."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours // 24} d {hours % 24} h" if hours >= 48 else f"{hours}:{minutes:02d}:{rest:02d}"
+    if hours >= 48:
+        return f"{hours // 24} d {hours % 24} h"
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class RunLog:

@@ -17,6 +17,7 @@ from scripts.pipeline.models import Models, absolute, level_count
 from scripts.pipeline.settings import PipelineSettings, parse_flags
 from utils.cli import InputError, counted
 from utils.distributed import from_environment
+from utils.log import duration
 from utils.records import Record
 
 TITLES = {
@@ -271,12 +272,6 @@ def table(plan: Plan, done: Collection[str] = ()) -> str:
     width = max(map(len, TITLES.values()))
     for stage, seconds in plan.seconds.items():
         note = "  (done)" if stage in done else ""
-        lines.append(f"  {stage:12} {TITLES[stage]:{width}} {clock(seconds):>9}{note}")
-    whole = clock(sum(plan.seconds.values()))
+        lines.append(f"  {stage:12} {TITLES[stage]:{width}} {duration(seconds):>9}{note}")
+    whole = duration(sum(plan.seconds.values()))
     return "\n".join([*lines, f"  {'all':12} {'estimated on this machine as it is now':{width}} {whole:>9}"])
-
-
-def clock(seconds: float) -> str:
-    """1:02:03 or 2:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

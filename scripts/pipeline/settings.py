@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from autoregressive.models.gpt import PRESETS as GPT_PRESETS
 from autoregressive.sample.sample_c2i_ddp import SampleSettings
-from autoregressive.train.train_c2i import TrainSettings
+from autoregressive.train.gpt_task import TrainSettings
 from dataset.images import ImageSettings
 from evaluations.c2i.train_classifier import ClassifierSettings
 from tokenizer.tokenizer_image.vq_model import PRESETS as VQ_PRESETS
