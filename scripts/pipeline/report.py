@@ -13,13 +13,13 @@ from scripts.benchmark.harness import card
 from scripts.pipeline.images import Images
 from scripts.pipeline.nearest import nearest, pick
 from scripts.pipeline.pages import Page
-from scripts.pipeline.plan import TITLES, Plan, clock
+from scripts.pipeline.plan import TITLES, Plan
 from scripts.pipeline.stages import newest_checkpoint, newest_gpt, sample_files, stages, tokenizer_file
 from utils import draw
 from utils.cli import InputError, counted
 from utils.distributed import best_device
 from utils.files import atomic_path
-from utils.log import read_metrics
+from utils.log import duration, read_metrics
 from utils.records import read_json
 from utils.samples import Samples
 
@@ -190,7 +190,7 @@ def _times(page: Page, plan: Plan, took: Mapping[str, float]) -> None:
     rows = [(TITLES[stage], plan.seconds[stage], seconds) for stage, seconds in took.items()]
     rows.append(("all, after installation", sum(plan.seconds[stage] for stage in took), sum(took.values())))
     page.heading("Time")
-    page.table(["stage", "planned", "took"], [[title, *map(clock, times)] for title, *times in rows])
+    page.table(["stage", "planned", "took"], [[title, *map(duration, times)] for title, *times in rows])
 
 
 def _next(page: Page, run: Path, plan: Plan, images: Images) -> None:
