@@ -153,20 +153,18 @@ class Level(nn.Module):
         super().__init__()
         widths = [channels_in, *[channels] * blocks]
         self.res = nn.ModuleList(ResBlock(a, b, dropout) for a, b in pairwise(widths))
-        self.attn = nn.ModuleList(Attention(channels) for _ in range(blocks if attend else 0))
+        self.attn = nn.ModuleList(Attention(channels) if attend else nn.Identity() for _ in range(blocks))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        for i, res in enumerate(self.res):
-            x_BCHW = res(x_BCHW)
-            if self.attn:
-                x_BCHW = self.attn[i](x_BCHW)
+        for res, attn in zip(self.res, self.attn, strict=True):
+            x_BCHW = attn(res(x_BCHW))
         return x_BCHW
 
 
-def middle(channels: int, dropout: float) -> nn.ModuleList:
+def middle(channels: int, dropout: float) -> nn.Sequential:
     """The blocks at the grid's own resolution."""
-    return nn.ModuleList(
-        (ResBlock(channels, channels, dropout), Attention(channels), ResBlock(channels, channels, dropout))
+    return nn.Sequential(
+        ResBlock(channels, channels, dropout), Attention(channels), ResBlock(channels, channels, dropout)
     )
 
 
@@ -181,8 +179,7 @@ class Encoder(nn.Module):
         self.conv_blocks = nn.ModuleList()
         for i, (before, width) in enumerate(zip([config.ch, *widths], widths, strict=False)):
             level = Level(before, width, config.num_res_blocks, i == last, config.dropout)
-            if i != last:
-                level.downsample = Downsample(width)
+            level.downsample = Downsample(width) if i != last else nn.Identity()
             self.conv_blocks.append(level)
         self.mid = middle(widths[-1], config.dropout)
         self.norm_out = group_norm(widths[-1])
@@ -192,12 +189,8 @@ class Encoder(nn.Module):
     def forward(self, images_BCHW: Tensor) -> Tensor:
         h = self.conv_in(F.pixel_unshuffle(images_BCHW, self.fold) if self.fold > 1 else images_BCHW)
         for level in self.conv_blocks:
-            h = level(h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
-        for block in self.mid:
-            h = block(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+            h = level.downsample(level(h))
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
@@ -212,8 +205,7 @@ class Decoder(nn.Module):
         self.conv_blocks = nn.ModuleList()
         for i, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False)):
             level = Level(before, width, config.num_res_blocks + 1, i == 0, config.dropout)
-            if i != last:
-                level.upsample = Upsample(width)
+            level.upsample = Upsample(width) if i != last else nn.Identity()
             self.conv_blocks.append(level)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3 * config.fold**2, 3, padding=1)
@@ -221,13 +213,9 @@ class Decoder(nn.Module):
 
     def features(self, z_BCHW: Tensor) -> Tensor:
         """What the last layer reads: (B, ch, H, W) at the resolution of the folded image."""
-        h = self.conv_in(z_BCHW)
-        for block in self.mid:
-            h = block(h)
+        h = self.mid(self.conv_in(z_BCHW))
         for level in self.conv_blocks:
-            h = level(h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
+            h = level.upsample(level(h))
         return F.silu(self.norm_out(h))
 
     def last_layer(self, features_BCHW: Tensor) -> Tensor:
@@ -287,41 +275,42 @@ class VectorQuantizer(nn.Module):
         """Entries (..., D) of codes (...)."""
         return self.unit(self.embedding(codes))
 
+    def rows(self, z_BDHW: Tensor) -> Tensor:
+        """Latents as rows (B, H, W, D) to compare with entries, in float32."""
+        return self.unit(z_BDHW.float().permute(0, 2, 3, 1))
+
     @torch.no_grad()
-    def search(self, rows_ND: Tensor) -> Tensor:
-        """Codes (N,) of the entries nearest to rows that are normalised already."""
+    def search(self, z_BHWD: Tensor) -> Tensor:
+        """Codes (B, H, W) int64 of the entries nearest to rows."""
         entries_VD = self.unit(self.embedding.weight.float())
         offset_V = entries_VD.square().sum(1)
-        step = max(1, SEARCH_ELEMENTS[rows_ND.device.type] // len(entries_VD))
+        parts = z_BHWD.flatten(0, 2).split(max(1, SEARCH_ELEMENTS[z_BHWD.device.type] // len(entries_VD)))
         # |z - e|^2 without |z|^2, which does not change the order
-        parts = [torch.addmm(offset_V, part, entries_VD.T, alpha=-2).argmin(1) for part in rows_ND.split(step)]
-        return torch.cat(parts)
+        codes = [torch.addmm(offset_V, part_ND, entries_VD.T, alpha=-2).argmin(1) for part_ND in parts]
+        return torch.cat(codes).view(z_BHWD.shape[:3])
 
     def codes(self, z_BDHW: Tensor) -> Tensor:
         """Codes (B, H, W) int64 of latents."""
-        b, _, h, w = z_BDHW.shape
         with torch.autocast(z_BDHW.device.type, enabled=False):
-            return self.search(self.unit(z_BDHW.float().permute(0, 2, 3, 1)).flatten(0, 2)).view(b, h, w)
+            return self.search(self.rows(z_BDHW))
 
     def forward(self, z_BDHW: Tensor) -> Quantised:
         with torch.autocast(z_BDHW.device.type, enabled=False):
-            z_BHWD = self.unit(z_BDHW.float().permute(0, 2, 3, 1))
-            codes_BHW = self.search(z_BHWD.detach().flatten(0, 2)).view(z_BHWD.shape[:3])
+            z_BHWD = self.rows(z_BDHW)
+            codes_BHW = self.search(z_BHWD)
             entries_BHWD = self.lookup(codes_BHW)
             loss = QuantiserLoss(
                 F.mse_loss(entries_BHWD, z_BHWD.detach()),
                 self.beta * F.mse_loss(z_BHWD, entries_BHWD.detach()),
-                self.entropy_ratio * self._entropy(z_BHWD.flatten(0, 2))
-                if self.entropy_ratio
-                else z_BHWD.new_zeros(()),
+                self.entropy_ratio * self._entropy(z_BHWD) if self.entropy_ratio else z_BHWD.new_zeros(()),
             )
             straight = z_BHWD + (entries_BHWD - z_BHWD).detach()
         return Quantised(straight.permute(0, 3, 1, 2), codes_BHW, loss)
 
-    def _entropy(self, rows_ND: Tensor) -> Tensor:
+    def _entropy(self, z_BHWD: Tensor) -> Tensor:
         """Mean entropy of a row's soft assignment less the entropy of the mean assignment (arXiv 2310.05737, eq. 4)."""
         entries_VD = self.unit(self.embedding.weight)
-        distances_NV = torch.addmm(entries_VD.square().sum(1), rows_ND, entries_VD.T, alpha=-2)
+        distances_NV = torch.addmm(entries_VD.square().sum(1), z_BHWD.flatten(0, 2), entries_VD.T, alpha=-2)
         log_share_NV = F.log_softmax(-distances_NV / ENTROPY_TEMPERATURE, dim=-1)
         share_NV = log_share_NV.exp()
         mean_V = share_NV.mean(0)
@@ -337,10 +326,6 @@ class VectorQuantizer(nn.Module):
     def counts(self, newest: int = USAGE_LENGTH) -> Tensor:
         """How often each entry is among the newest codes of the buffer (int64); a fresh buffer holds code 0."""
         return torch.bincount(self.codebook_used[-newest:].long(), minlength=self.embedding.num_embeddings)
-
-    def usage(self) -> float:
-        """Share of the codebook that is in the buffer."""
-        return code_health(self.counts())["codebook_usage"]
 
 
 def code_health(counts_V: Tensor) -> dict[str, float]:
