@@ -55,7 +55,7 @@ def measure(vq: VQConfig, gpt: GPTConfig, patches: list[int], size: int, paths: 
     return Costs(
         read=_reading(paths, size),
         classify=_training(lambda: classifier(pixels)[1].sum(), device) / len(pixels),
-        tokenizer_training=_training(lambda: vq_loss(images, tokenizer(images)).total, device) / len(images),
+        tokenizer_training=_training(lambda: vq_loss(images, tokenizer(images))["loss"], device) / len(images),
         encode=_seconds(torch.inference_mode()(lambda: tokenizer.encode(images)), device) / len(images),
         training={
             patch: _training(lambda x=x: transformer.loss(x, labels), device) / len(codes)

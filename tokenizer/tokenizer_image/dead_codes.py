@@ -32,11 +32,11 @@ class DeadCodes:
         latents_BDHW: Tensor,
         seed: int,
         step: int,
-    ) -> int:
-        """Move unused entries to random latents, in the EMA too, and forget their moments. Returns how many there were."""
+    ) -> None:
+        """Move unused entries to random latents, in the EMA too, and forget their moments."""
         dead = (~self.seen).nonzero()[:, 0]
         self.seen.zero_()
-        rows_ND = model.quantize.unit(latents_BDHW.float().permute(0, 2, 3, 1)).flatten(0, 2)
+        rows_ND = model.quantize.rows(latents_BDHW).flatten(0, 2)
         draws = streams.uniform(seed, streams.AUGMENT, step, np.arange(len(dead)))
         chosen = torch.from_numpy((draws * len(rows_ND)).astype(np.int64)).to(rows_ND.device)
         weight = model.quantize.embedding.weight
@@ -45,4 +45,3 @@ class DeadCodes:
             ema.quantize.embedding.weight[dead] = rows_ND[chosen]
         for moment in ("exp_avg", "exp_avg_sq"):
             optimizer.state[weight][moment][dead] = 0
-        return len(dead)

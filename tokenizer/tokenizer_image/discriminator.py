@@ -54,15 +54,13 @@ class BatchNorm(nn.BatchNorm2d):
         mean_C = mean_over_processes(x.mean(dim=(0, 2, 3)))
         centred = x - mean_C[:, None, None]
         variance_C = mean_over_processes(centred.square().mean(dim=(0, 2, 3)))
-        self._count(mean_C.detach(), variance_C.detach(), x.numel() // x.shape[1] * dist.get_world_size())
+        n = x.numel() // x.shape[1] * dist.get_world_size()
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean_C, self.momentum)
+            self.running_var.lerp_(variance_C * n / max(1, n - 1), self.momentum)
         scale_C = self.weight * torch.rsqrt(variance_C + self.eps)
         return (centred * scale_C[:, None, None] + self.bias[:, None, None]).to(x_BCHW.dtype)
-
-    @torch.no_grad()
-    def _count(self, mean_C: Tensor, variance_C: Tensor, n: int) -> None:
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean_C, self.momentum)
-        self.running_var.lerp_(variance_C * n / max(1, n - 1), self.momentum)
 
 
 class PatchGAN(nn.Module):
@@ -146,13 +144,10 @@ DISCRIMINATORS = ("patchgan", "stylegan")
 def discriminator(kind: str, image_size: int, filters: int = 64, layers: int = 3) -> nn.Module:
     """A discriminator of images of this side; filters and layers are a PatchGAN's. InputError for a side that does not fit."""
     if kind == "patchgan":
-        side = image_size
-        for _ in range(layers):
-            side //= 2
-        if side < 3:
+        if image_size < (least := 3 * 2**layers):
             raise InputError(
                 f"--image-size {image_size} is too small for a PatchGAN of {layers} layers, which takes "
-                f"{3 * 2**layers} px and more: lower --disc-layers, or --disc-weight 0 goes without"
+                f"{least} px and more: lower --disc-layers, or --disc-weight 0 goes without"
             )
         return PatchGAN(filters, layers)
     if image_size not in STYLEGAN_CHANNELS or image_size < 8:

@@ -3,8 +3,8 @@
 The place of an image that cannot be read is taken by the next one that can, so the plan of a run stays the same.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import tee
 
 import numpy as np
 import torch
@@ -38,15 +38,10 @@ class ReadBatches:
 
         places: of random crops (B, 3), by images' numbers; None: centre crops.
         """
-        under_way: deque[Selection] = deque()
-
-        def requests() -> Iterator[CropRequest]:
-            for selection in selections:
-                under_way.append(selection)
-                yield CropRequest(selection.indices, (self.size,), places and places(selection.indices))
-
-        for batch in read_crops(self.folder, requests(), workers=self.workers):
-            selection = under_way.popleft()
+        selections, ahead = tee(selections)
+        requests = (CropRequest(s.indices, (self.size,), places and places(s.indices)) for s in ahead)
+        batches = read_crops(self.folder, requests, workers=self.workers)
+        for selection, batch in zip(selections, batches, strict=True):
             yield mirrored(torch.from_numpy(self._complete(batch, selection.indices)), selection.views)
 
     def _complete(self, batch: CropBatch, indices: np.ndarray) -> np.ndarray:

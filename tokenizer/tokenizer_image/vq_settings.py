@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,10 +129,8 @@ class TokenizerSettings(EngineSettings, ImageSettings):
 
     def vq_config(self) -> VQConfig:
         """The preset with what the command line overrides."""
-        names = ("codebook_size", "codebook_embed_dim", "commit_loss_beta", "entropy_loss_ratio")
-        given = {name: getattr(self, name) for name in names}
-        changes = {name: value for name, value in given.items() if value is not None}
-        return preset(self.vq_model, **changes, dropout=self.dropout_p)
+        given = self.model_dump(include=set(Tokenizer.OPEN), exclude_none=True)
+        return preset(self.vq_model, **given, dropout=self.dropout_p)
 
     def discriminator(self) -> nn.Module | None:
         """A new discriminator, if there is to be one. InputError if it does not fit the images."""
@@ -158,15 +156,12 @@ class TokenizerSettings(EngineSettings, ImageSettings):
         }
 
 
-class Start(NamedTuple):
-    """Weights to start from, and the discriminator's that come with them."""
-
-    model: dict[str, Tensor]
-    discriminator: dict[str, Tensor] | None = None
+Start = dict[str, dict[str, Tensor]]  # weights of the model, and of the discriminator, to begin with
 
 
-def check(settings: TokenizerSettings, images: int) -> Start | None:
-    """The starting weights, if any are given. InputError for settings that do not go together, or weights that do not fit."""
+def check(settings: TokenizerSettings, images: int) -> Start:
+    """The weights to begin with, as far as there are any. InputError for settings that do not go together, or weights that
+    do not fit."""
     config = settings.vq_config()
     if settings.image_size % config.downsample:
         raise InputError(
@@ -179,16 +174,16 @@ def check(settings: TokenizerSettings, images: int) -> Start | None:
     if not settings.vq_ckpt:
         if settings.finetune:
             raise InputError("--finetune needs --vq-ckpt WEIGHTS to start from")
-        return None
+        return {}
     content = checkpoint.load(settings.vq_ckpt, mmap=True)
     state = checkpoint.state_dict(content, "auto")
     Tokenizer.check_weights(state, config, f"{settings.vq_ckpt} (as {settings.vq_model})")
     if not (settings.finetune and judge):
-        return Start(state)
+        return {"model": state}
     if (known := content.get("discriminator")) is None:
         cli.note(f"{settings.vq_ckpt} holds no discriminator: a new one is trained")
-    else:
-        advice = "; give the --disc flags it was trained with, or leave --finetune out for a new one"
-        checkpoint.check_fit(judge, known, f"the discriminator of {settings.vq_ckpt}", lambda: advice)
-        checkpoint.check_finite(known, f"the discriminator of {settings.vq_ckpt}")
-    return Start(state, known)
+        return {"model": state}
+    advice = "; give the --disc flags it was trained with, or leave --finetune out for a new one"
+    checkpoint.check_fit(judge, known, f"the discriminator of {settings.vq_ckpt}", lambda: advice)
+    checkpoint.check_finite(known, f"the discriminator of {settings.vq_ckpt}")
+    return {"model": state, "discriminator": known}

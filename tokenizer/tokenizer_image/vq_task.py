@@ -3,9 +3,8 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from dataset.sampler import epoch_batches
 from pretrained_models.loader import on_meta
 from tokenizer.tokenizer_image.dead_codes import DeadCodes
-from tokenizer.tokenizer_image.discriminator import (
-    GENERATOR_LOSSES,
-    DiscriminatorLoss,
-    mean_over_processes,
-)
+from tokenizer.tokenizer_image.discriminator import GENERATOR_LOSSES, DiscriminatorLoss, mean_over_processes
 from tokenizer.tokenizer_image.vq_data import CachedBatches, ReadBatches
-from tokenizer.tokenizer_image.vq_loss import Adversary, vq_loss
-from tokenizer.tokenizer_image.vq_model import Output, VQModel, code_health
+from tokenizer.tokenizer_image.vq_loss import vq_loss
+from tokenizer.tokenizer_image.vq_model import VQModel, code_health
 from tokenizer.tokenizer_image.vq_settings import Start, TokenizerSettings
 from utils import draw, streams
 from utils.distributed import World
@@ -64,15 +59,6 @@ def gather(x: Tensor, world: World) -> Tensor:
     return whole
 
 
-class Seen(NamedTuple):
-    """What the update under way has seen: images and what became of them."""
-
-    images_BCHW: Tensor
-    reconstruction_BCHW: Tensor
-    codes_BHW: Tensor
-    latents_BDHW: Tensor
-
-
 class TokenizerTask(Task):
     """Training of a VQModel on batches of crops; unused codebook entries are restarted on the way."""
 
@@ -87,13 +73,13 @@ class TokenizerTask(Task):
         perceptual: nn.Module | None = None,
     ) -> None:
         """settings: complete. images: how many there are. read: turns selections of them into batches. start: weights to
-        begin with. perceptual: the distance of two batches of images, on the device."""
+        begin with, of check(). perceptual: the distance of two batches of images, on the device."""
         self.settings, self.images, self.read, self.about = settings, images, read, about
         torch.manual_seed(settings.global_seed)
         config = settings.vq_config()
         model = VQModel(config)
         if start:
-            model.load_state_dict(start.model)
+            model.load_state_dict(start["model"])
         self.model = self.objective = model.to(device, memory_format=torch.channels_last)
         self.optimizer = adamw(model, settings)
         self.ema_decay = settings.ema_decay if settings.ema else None
@@ -101,7 +87,9 @@ class TokenizerTask(Task):
         self.steps = settings.epochs * self.steps_per_epoch
         self.stops = (self.steps,)
         self.dead_codes = DeadCodes(config.codebook_size, device)
-        self.seen: list[Seen] = []  # a micro-batch each
+        # of the update under way, a micro-batch each: images and reconstructions; codes and latents
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.quantised: list[tuple[Tensor, Tensor]] = []
         self.recorded = 0  # codes of this run
         self.perceptual = perceptual
         side, meta = settings.image_size, on_meta(lambda: VQModel(config))
@@ -110,16 +98,16 @@ class TokenizerTask(Task):
             self.image_flops += 3 * forward_flops(self.perceptual, side, 2, device) // 2
         self.discriminator, self.disc_start, self.disc_flops = settings.discriminator(), self.steps, 0
         if self.discriminator:
-            self._add_discriminator(start and start.discriminator, device)
+            if start and "discriminator" in start:
+                self.discriminator.load_state_dict(start["discriminator"])
+            self._add_opponent(device)
 
-    def _add_discriminator(self, start: Mapping[str, Tensor] | None, device: torch.device) -> None:
+    def _add_opponent(self, device: torch.device) -> None:
         s = self.settings
-        if start:
-            self.discriminator.load_state_dict(start)
         self.discriminator.to(device, memory_format=torch.channels_last)
         self.opponent = Opponent(
             DiscriminatorLoss(self.discriminator, s.disc_loss), adamw(self.discriminator, s),
-            self.judged, self.discriminator_loss, s.disc_lr / s.lr,
+            lambda step: self.pairs if step >= self.disc_start else [], self.discriminator_loss, s.disc_lr / s.lr,
         )  # fmt: skip
         self.disc_start = self.steps // 2 if s.disc_start is None else s.disc_start
         # three passes for each of an image and its reconstruction, and two for the gradient of the adversarial loss
@@ -146,34 +134,27 @@ class TokenizerTask(Task):
     def loss(self, objective: nn.Module, batch: Sequence[Tensor], step: int) -> dict[str, Tensor]:
         s, images_BCHW = self.settings, to_float(batch[0]).contiguous(memory_format=torch.channels_last)
         output = objective(images_BCHW)
-        adversary = None
-        if self.discriminator and step >= self.disc_start:
-            gradient = partial(self.last_layer_gradient, output) if s.disc_adaptive_weight else None
-            adversary = Adversary(self.adversarial, s.disc_weight, gradient)
-        loss = vq_loss(
-            images_BCHW, output, reconstruction=s.reconstruction_loss, reconstruction_weight=s.reconstruction_weight,
-            codebook_weight=s.codebook_weight, perceptual=self.perceptual and self.distance,
-            perceptual_weight=s.perceptual_weight, adversary=adversary,
-        )  # fmt: skip
-        decoded_BCHW = output.reconstruction_BCHW.detach().float()
-        self.seen.append(Seen(images_BCHW, decoded_BCHW, output.codes_BHW, output.latents_BDHW.detach()))
-        not_yet = dict.fromkeys(ADVERSARIAL if self.discriminator else (), loss.total.new_zeros(()))
-        return {"loss": loss.total, **not_yet, **loss.parts}
+        self.pairs.append((images_BCHW, output.reconstruction_BCHW.detach().float()))
+        self.quantised.append((output.codes_BHW, output.latents_BDHW.detach()))
 
-    def adversarial(self, images_BCHW: Tensor) -> Tensor:
+        def adversarial(decoded_BCHW: Tensor) -> Tensor:
+            return GENERATOR_LOSSES[s.gen_loss](self.discriminator(decoded_BCHW).float())
+
+        def last_layer_gradient(gradient_BCHW: Tensor) -> Tensor:
+            features_BCHW = output.features_BCHW.detach()
+            return mean_over_processes(self.model.decoder.last_layer_gradient(features_BCHW, gradient_BCHW))
+
+        judged = self.discriminator and step >= self.disc_start
         with no_float16(images_BCHW):
-            return GENERATOR_LOSSES[self.settings.gen_loss](self.discriminator(images_BCHW).float())
-
-    def distance(self, images_BCHW: Tensor, others_BCHW: Tensor) -> Tensor:
-        with no_float16(images_BCHW):
-            return self.perceptual(images_BCHW, others_BCHW)
-
-    def last_layer_gradient(self, output: Output, gradient_BCHW: Tensor) -> Tensor:
-        return mean_over_processes(self.model.decoder.last_layer_gradient(output.features_BCHW.detach(), gradient_BCHW))
-
-    def judged(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        """Images and reconstructions of the update under way, for the discriminator; none before its start."""
-        return [part[:2] for part in self.seen] if step >= self.disc_start else []
+            losses = vq_loss(
+                images_BCHW, output, reconstruction=s.reconstruction_loss,
+                reconstruction_weight=s.reconstruction_weight, codebook_weight=s.codebook_weight,
+                perceptual=self.perceptual, perceptual_weight=s.perceptual_weight,
+                adversarial=adversarial if judged else None, adversarial_weight=s.disc_weight,
+                last_layer_gradient=last_layer_gradient if s.disc_adaptive_weight else None,
+            )  # fmt: skip
+        not_yet = dict.fromkeys(ADVERSARIAL if self.discriminator else (), images_BCHW.new_zeros(()))
+        return {"loss": losses["loss"], **not_yet, **losses}
 
     def discriminator_loss(self, objective: nn.Module, batch: Sequence[Tensor]) -> dict[str, Tensor]:
         loss, real, fake = objective(*batch)
@@ -181,8 +162,9 @@ class TokenizerTask(Task):
 
     def after_update(self, step: int, ema: nn.Module | None, world: World) -> None:
         """Record the global batch's codes; when it is due, restart entries that none of the last steps used."""
-        codes, latents = (torch.cat(parts) for parts in list(zip(*self.seen, strict=True))[2:])
-        self.seen.clear()
+        codes, latents = (torch.cat(parts) for parts in zip(*self.quantised, strict=True))
+        self.pairs.clear()
+        self.quantised.clear()
         codes_BHW, every = gather(codes, world), self.settings.restart_dead_codes
         if self.model.config.show_usage:
             self.model.quantize.record(codes_BHW)

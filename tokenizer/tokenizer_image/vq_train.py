@@ -15,21 +15,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the modules of this clone, whatever else is installed
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dataset.sampler import Selection
-from tokenizer.tokenizer_image.vq_data import CachedBatches, ReadBatches, batches_of
+from tokenizer.tokenizer_image.similarity import psnr, squared_error
+from tokenizer.tokenizer_image.vq_data import batches_of
 from tokenizer.tokenizer_image.vq_settings import TokenizerSettings, check
 from tokenizer.tokenizer_image.vq_task import TokenizerTask
 from utils import checkpoint, cli, draw
 from utils.cli import InputError
-from utils.distributed import join_world
+from utils.distributed import World, join_world
 from utils.engine import Trainer, run_training
 from utils.log import RunLog
 from utils.pixels import to_float, to_uint8
@@ -38,23 +38,41 @@ from utils.runs import Run
 PICTURES = 16  # columns of reconstructions.png
 
 
-def finish(trainer: Trainer, pictures_NHWC: Tensor) -> None:
+def header(task: TokenizerTask, world: World) -> list[str]:
+    """What the log says before the first step."""
+    s, config, side = task.settings, task.model.config, task.settings.image_size // task.model.downsample
+    parameters = sum(p.numel() for p in task.model.parameters())
+    lines = [
+        f"{s.vq_model}: {parameters / 1e6:.2f}M parameters, {side}x{side} of {config.codebook_size} codes an image; "
+        f"{task.images} images, {task.steps} steps, {world.size} process(es) on {world.device.type}"
+    ]
+    if task.discriminator:
+        weights = sum(p.numel() for p in task.discriminator.parameters())
+        lines.append(f"{s.disc_type} discriminator: {weights:,} parameters, from step {task.disc_start} on")
+        if task.disc_start >= task.steps:
+            lines.append(
+                f"note: --disc-start {task.disc_start} is beyond the {task.steps} steps of this run: the "
+                "discriminator is not trained and has no part in the loss"
+            )
+    return lines
+
+
+def finish(trainer: Trainer) -> None:
     """Draw reconstructions.png and write vq.pt, which the next stages read."""
     task, folder = trainer.task, trainer.run.folder
+    chosen = np.linspace(0, task.images - 1, min(PICTURES, task.images)).astype(np.int64)
+    images = next(iter(task.read([Selection(chosen, np.zeros_like(chosen), np.zeros_like(chosen, bool))])))
     model = (trainer.ema or task.model).eval()
-    decoded = to_uint8(model.reconstruct(to_float(pictures_NHWC.to(trainer.world.device)))).cpu()
-    mse = (decoded.double() - pictures_NHWC.double()).div(255).square().mean().item()
-    rows = torch.cat((pictures_NHWC, decoded)).numpy()
+    decoded = to_uint8(model.reconstruct(to_float(images.to(trainer.world.device)))).cpu()
     scale = max(1, 64 // task.settings.image_size)
-    grid = draw.image_grid(rows, len(pictures_NHWC), ("image", "decoded"), scale)
+    grid = draw.image_grid(torch.cat((images, decoded)).numpy(), len(images), ("image", "decoded"), scale)
     draw.save_image(folder / "reconstructions.png", grid)
-    weights = {"model": task.model.state_dict()}
-    weights |= {"ema": trainer.ema.state_dict()} if trainer.ema else {}
-    weights |= {"discriminator": task.discriminator.state_dict()} if task.discriminator else {}
-    checkpoint.save(folder / "vq.pt", {**weights, "steps": trainer.step, "epochs": task.settings.epochs, **task.about})
-    psnr = -10 * math.log10(max(mse, 1e-10))
+    weights = {"model": task.model, "ema": trainer.ema, "discriminator": task.discriminator}
+    states = {name: module.state_dict() for name, module in weights.items() if module}
+    checkpoint.save(folder / "vq.pt", {**states, "steps": trainer.step, "epochs": task.settings.epochs, **task.about})
+    quality = psnr(squared_error(images, decoded).mean())
     trainer.log.line(
-        f"wrote {folder / 'vq.pt'} after {trainer.step} steps; PSNR of {len(decoded)} training images {psnr:.2f}"
+        f"wrote {folder / 'vq.pt'} after {trainer.step} steps; PSNR of {len(decoded)} training images {quality:.2f}"
     )
 
 
@@ -79,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args = {
             **settings.plain(),
             "images": folder.content_id(),
-            "start": checkpoint.identity(start.model) if start else None,
+            "start": checkpoint.identity(start["model"]) if start else None,
             **settings.identity(),
             "precision": settings.precision(world.device),
         }
@@ -89,41 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "config": asdict(settings.vq_config()),
             "args": args,
         }
-        read: list[ReadBatches | CachedBatches] = []
 
         def make_task(run: Run, log: RunLog) -> TokenizerTask:
-            read.append(
-                batches_of(folder, settings.image_size, settings.num_workers, world.is_main, settings.random_crop)
-            )
-            return TokenizerTask(settings, len(folder), read[0], world.device, about, start, perceptual)
-
-        def header(task: TokenizerTask) -> list[str]:
-            config, side = task.model.config, settings.image_size // task.model.downsample
-            parameters = sum(p.numel() for p in task.model.parameters())
-            lines = [
-                f"{settings.vq_model}: {parameters / 1e6:.2f}M parameters, {side}x{side} of {config.codebook_size} codes an "
-                f"image; {len(folder)} images, {task.steps} steps, {world.size} process(es) on {world.device.type}"
-            ]
-            if task.discriminator:
-                weights = sum(p.numel() for p in task.discriminator.parameters())
-                lines.append(
-                    f"{settings.disc_type} discriminator: {weights:,} parameters, from step {task.disc_start} on"
-                )
-                if task.disc_start >= task.steps:
-                    lines.append(
-                        f"note: --disc-start {task.disc_start} is beyond the {task.steps} steps of this run: the "
-                        "discriminator is not trained and has no part in the loss"
-                    )
-            return lines
-
-        def draw_and_write(trainer: Trainer) -> None:
-            chosen = np.linspace(0, len(folder) - 1, min(PICTURES, len(folder))).astype(np.int64)
-            plain = Selection(chosen, np.zeros_like(chosen), np.zeros_like(chosen, bool))
-            finish(trainer, next(iter(read[0]([plain]))))
+            read = batches_of(folder, settings.image_size, settings.num_workers, world.is_main, settings.random_crop)
+            return TokenizerTask(settings, len(folder), read, world.device, about, start, perceptual)
 
         run_training(
-            world, settings, make_task, results=settings.results_dir, name=None, args=args, header=header,
-            finish=draw_and_write, is_complete=is_complete,
+            world, settings, make_task, results=settings.results_dir, name=None, args=args,
+            header=lambda task: header(task, world), finish=finish, is_complete=is_complete,
         )  # fmt: skip
 
 
