@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from dataset.images import CropRequest, ImageFolder, ImageSettings, check_some_readable, read_crops, skipped_text
 from dataset.listing import ImagesPath
@@ -42,6 +41,7 @@ from utils.records import Record
 from utils.settings import Count, ImageSize, PositiveInt, differences, setting
 
 COLUMNS = 8  # of the picture
+Parts = list[tuple[Path, np.ndarray]]  # files of a batch each, and the batch's image indices
 
 
 class ReconstructionSettings(ImageSettings):
@@ -115,81 +115,65 @@ class ReconstructionRecord(Record):
 
 @torch.inference_mode()
 def reconstruct(
-    model: VQModel,
-    folder: ImageFolder,
-    parts: list[tuple[Path, np.ndarray]],
-    world: World,
-    *,
-    image_size: int,
-    final_size: int,
-    workers: int,
-    perceptual: nn.Module | None = None,
-) -> dict[str, float]:
-    """Write each part (file, image indices) of this process; return the figures of all processes, means over images.
+    s: ReconstructionSettings, model: VQModel, folder: ImageFolder, parts: Parts, world: World, perceptual: LPIPS | None
+) -> None:
+    """Write this process's parts, what is of an image by rows: images, reconstructions, codes and figures.
 
-    perceptual: LPIPS, if it is to be measured.
+    perceptual: LPIPS, if it is to be measured; its mean over a batch stands for each image of the batch.
     """
-    counts_V = torch.zeros(model.config.codebook_size, dtype=torch.int64, device=world.device)
-    done = torch.zeros((), dtype=torch.float64, device=world.device)
-    names = ["psnr", "mse", "ssim", "ssim_published", *(["lpips"] if perceptual else [])]
-    sums = torch.zeros(len(names), dtype=torch.float64, device=world.device)
     mine = parts[world.rank :: world.size]
-    requests = [CropRequest(indices, (image_size,)) for _, indices in mine]
-    batches = read_crops(folder, requests, workers=workers)
+    requests = [CropRequest(indices, (s.image_size,)) for _, indices in mine]
+    batches = read_crops(folder, requests, workers=s.num_workers)
     with progress(total=sum(len(i) for _, i in mine), desc="reconstructing", unit=" images", show=world.is_main) as bar:
         for (path, indices), batch in zip(mine, batches, strict=True):
-            pixels = originals = np.empty((0, final_size, final_size, 3), np.uint8)
-            error_N = np.empty(0)
+            arrays = {"images": batch.images, "skipped": json.dumps(batch.skipped)}
             if len(batch.images):
                 images = to_float(torch.from_numpy(batch.crops[0]).to(world.device))
                 images = images.contiguous(memory_format=torch.channels_last)
                 codes_BHW = model.encode(images)
-                counts_V += torch.bincount(codes_BHW.flatten(), minlength=len(counts_V))
-                scaled, decoded = (resize(x, final_size) for x in (images, model.decode_code(codes_BHW)))
+                scaled, decoded = (resize(x, s.final_size) for x in (images, model.decode_code(codes_BHW)))
                 kept, made = to_uint8(scaled), to_uint8(decoded)
-                found = figures(kept, made)
+                tensors = {"originals": kept, "pixels": made, "codes": codes_BHW.int(), **figures(kept, made)}
                 if perceptual:
-                    found["lpips"] = perceptual(to_float(kept), to_float(made)).double() * len(kept)
-                sums += torch.stack([found[name].sum() for name in names])
-                done += len(kept)
-                error_N, originals, pixels = found["mse"].cpu().numpy(), kept.cpu().numpy(), made.cpu().numpy()
-            skipped = json.dumps(batch.skipped)
+                    tensors["lpips"] = perceptual(to_float(kept), to_float(made)).double().expand(len(kept))
+                arrays |= {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
             with atomic_path(path) as temporary:
-                np.savez(
-                    temporary, pixels=pixels, originals=originals, error=error_N, images=batch.images, skipped=skipped
-                )
+                np.savez(temporary, **arrays)
             bar.update(len(indices))
-    means = world.sum(sums) / world.sum(done).clamp(min=1)
-    return {**dict(zip(names, means.tolist(), strict=True)), **code_health(world.sum(counts_V))}
 
 
-def read_parts(parts: list[tuple[Path, np.ndarray]], name: str) -> Iterator[np.ndarray]:
-    """What each part holds under a name."""
+def read_parts(parts: Parts, name: str) -> Iterator[np.ndarray]:
+    """What the parts hold under a name; one without a readable image holds `images` and `skipped` only."""
     for path, _ in parts:
         with np.load(path) as part:
-            yield part[name]
+            if name in part:
+                yield part[name]
 
 
-def skipped_images(parts: list[tuple[Path, np.ndarray]]) -> list[dict[str, Any]]:
-    """What to record of images that could not be read."""
-    return [row for texts in read_parts(parts, "skipped") for row in json.loads(str(texts))]
+def all_figures(parts: Parts, codebook_size: int) -> dict[str, float]:
+    """Means over the images of all parts, and the use of the codebook."""
+    columns = {name: list(read_parts(parts, name)) for name in ("psnr", "mse", "ssim", "ssim_published", "lpips")}
+    means = {name: float(np.concatenate(values).mean()) for name, values in columns.items() if values}
+    counts_V = sum(np.bincount(codes.flatten(), minlength=codebook_size) for codes in read_parts(parts, "codes"))
+    return {**means, **code_health(torch.from_numpy(counts_V))}
 
 
-def draw_pairs(path: Path, parts: list[tuple[Path, np.ndarray]]) -> None:
+def draw_pairs(path: Path, parts: Parts) -> None:
     """Images above their reconstructions: evenly spaced ones, and those with the largest errors, worst first."""
-    error_N = np.concatenate(list(read_parts(parts, "error")))
+    error_N = np.concatenate(list(read_parts(parts, "mse")))
     columns = min(COLUMNS, len(error_N))
     even, worst = np.arange(columns) * len(error_N) // columns, np.argsort(-error_N, kind="stable")[:columns]
-    place = {int(i): row for row, i in enumerate(np.concatenate((even, worst)))}
-    rows: dict[str, dict[int, np.ndarray]] = {"originals": {}, "pixels": {}}
-    for name, found in rows.items():
-        start = 0
-        for batch in read_parts(parts, name):
-            found |= {i: batch[i - start] for i in place if start <= i < start + len(batch)}
-            start += len(batch)
-    images = [rows[name][int(i)] for chosen in (even, worst) for name in ("originals", "pixels") for i in chosen]
+    images_of = zip(parts, read_parts(parts, "images"), strict=True)
+    places = [(part, row) for (part, _), images in images_of for row in range(len(images))]
+
+    def picture(i: int, name: str) -> np.ndarray:
+        part, row = places[i]
+        with np.load(part) as arrays:
+            return arrays[name][row]
+
+    rows = [picture(i, name) for chosen in (even, worst) for name in ("originals", "pixels") for i in chosen]
     names = ("images", "decoded", "images with the largest errors", "decoded")
-    draw.save_image(path, draw.image_grid(np.stack(images), columns, names, max(1, 64 // images[0].shape[0])))
+    draw.save_image(path, draw.image_grid(np.stack(rows), columns, names, max(1, 64 // rows[0].shape[0])))
 
 
 def is_complete(out: Path, settings: dict[str, Any], replace: bool) -> bool:
@@ -239,14 +223,12 @@ def main() -> None:
             return
         perceptual = LPIPS().to(world.device) if made_of["lpips"] else None
         model.to(world.device, memory_format=torch.channels_last)
-        found = reconstruct(
-            model, folder, parts, world, image_size=s.image_size, final_size=s.final_size, workers=s.num_workers,
-            perceptual=perceptual,
-        )  # fmt: skip
+        reconstruct(s, model, folder, parts, world, perceptual)
         world.barrier()
         if world.is_main:
-            skipped = skipped_images(parts)
+            skipped = [row for text in read_parts(parts, "skipped") for row in json.loads(str(text))]
             check_some_readable(folder, skipped, n)
+            found = all_figures(parts, model.config.codebook_size)
             kept = np.concatenate(list(read_parts(parts, "images")))
             shape = (len(kept), s.final_size, s.final_size, 3)
             if s.reference:
