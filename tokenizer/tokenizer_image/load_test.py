@@ -113,6 +113,17 @@ def test_the_preset_that_would_fit_is_named(published):
         InputError, match=rf"loaded as {other}\) does not fit .*; they are those of {name} .codebook_size 16384,"
     ):
         Tokenizer.from_pretrained(path, other)
+    with pytest.raises(InputError, match="there is no tokenizer VQ-4; choose one of VQ-16"):
+        Tokenizer.from_pretrained(path, "VQ-4")
+
+
+def test_what_of_a_file_does_not_fit_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"loaded as VQ-16\) does not fit this model: encoder.conv_in.weight is"):
+        Tokenizer.from_pretrained(small_file(tmp_path), "VQ-16")
+    path = small_file(tmp_path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(InputError, match=r"vq\.pt.*truncated"):
+        Tokenizer.from_pretrained(path)
 
 
 def test_no_tokenizer_at_all(tmp_path):

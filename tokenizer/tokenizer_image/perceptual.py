@@ -64,7 +64,6 @@ class NetworkDistance(nn.Module):
     def __init__(self, path: str | Path, image_size: int, device: torch.device | str = "cpu") -> None:
         super().__init__()
         network = read_network(path, device)
-        self.path, self.name = path, network.name
         for side in (network.height, network.width):
             if side not in (None, image_size):
                 raise InputError(
@@ -73,7 +72,17 @@ class NetworkDistance(nn.Module):
                 )
         self.layers = layers_of(network.program)
         self.requires_grad_(False)
-        self._check(image_size, device)
+        generator = torch.Generator().manual_seed(0)
+        images, others = (torch.rand(2, 2, 3, image_size, image_size, generator=generator) * 2 - 1).to(device)
+        try:
+            (gradient,) = torch.autograd.grad(self(images.requires_grad_(), others), images)
+            reason = "" if gradient.isfinite().all() and gradient.any() else "it is not finite, or 0"
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1][:120]
+        if reason:
+            raise InputError(
+                f"--perceptual-network {path} cannot be trained with: no gradient at the pixels ({reason})"
+            )
 
     def forward(self, images_BCHW: Tensor, others_BCHW: Tensor) -> Tensor:
         pairs = zip(self._units(images_BCHW), self._units(others_BCHW), strict=True)
@@ -82,21 +91,6 @@ class NetworkDistance(nn.Module):
     def _units(self, images_BCHW: Tensor) -> list[Tensor]:
         pixels_BHWC = (images_BCHW.float() * 127.5 + 127.5).permute(0, 2, 3, 1)  # as uint8 ones, but not rounded
         return [F.normalize(layer.float(), dim=1, eps=1e-6) for layer in self.layers(pixels_BHWC)]
-
-    def _check(self, image_size: int, device: torch.device | str) -> None:
-        generator = torch.Generator().manual_seed(0)
-        images, others = (torch.rand(2, 2, 3, image_size, image_size, generator=generator) * 2 - 1).to(device)
-        try:
-            (gradient,) = torch.autograd.grad(self(images.requires_grad_(), others), images)
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1][:120]
-            raise InputError(
-                f"--perceptual-network {self.path} cannot be trained with, as its features have no gradient ({reason})"
-            ) from None
-        if not (gradient.isfinite().all() and gradient.any()):
-            raise InputError(
-                f"--perceptual-network {self.path} cannot be trained with: the gradient at the pixels is not finite, or 0"
-            )
 
 
 def layers_of(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:

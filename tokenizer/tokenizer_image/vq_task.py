@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dataset.sampler import epoch_batches
 from pretrained_models.loader import on_meta
-from tokenizer.tokenizer_image.dead_codes import DeadCodes
 from tokenizer.tokenizer_image.discriminator import GENERATOR_LOSSES, DiscriminatorLoss, mean_over_processes
 from tokenizer.tokenizer_image.vq_data import CachedBatches, ReadBatches
 from tokenizer.tokenizer_image.vq_loss import vq_loss
@@ -40,13 +39,9 @@ def learning_rate(step: int, steps: int, *, lr: float, end_lr: float, warmup_rat
     return end_lr + (lr - end_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress_made)))
 
 
-def forward_flops(
-    call: Callable[..., Any], image_size: int, images: int = 1, device: torch.device | str = "meta"
-) -> int:
-    """FLOPs of a call on so many arguments of one image each."""
-    zeros = torch.zeros(1, 3, image_size, image_size, device=device)
+def forward_flops(call: Callable[..., Any], *images_BCHW: Tensor) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        call(*[zeros] * images)
+        call(*images_BCHW)
     return counter.get_total_flops()
 
 
@@ -57,6 +52,45 @@ def gather(x: Tensor, world: World) -> Tensor:
     whole = x.new_empty((world.size * len(x), *x.shape[1:]))
     dist.all_gather_into_tensor(whole, x.contiguous())
     return whole
+
+
+class DeadCodes:
+    """Which codebook entries were used since the last restart; the others begin anew (as in Jukebox, arXiv 2005.00341)."""
+
+    def __init__(self, codebook_size: int, device: torch.device) -> None:
+        self.seen = torch.zeros(codebook_size, dtype=torch.bool, device=device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"seen": self.seen.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.seen.copy_(state["seen"])
+
+    def note(self, codes: Tensor) -> None:
+        self.seen[codes.flatten()] = True
+
+    @torch.no_grad()
+    def restart(
+        self,
+        model: VQModel,
+        ema: VQModel | None,
+        optimizer: torch.optim.Optimizer,
+        latents_BDHW: Tensor,
+        seed: int,
+        step: int,
+    ) -> None:
+        """Move unused entries to random latents, in the EMA too, and forget their moments."""
+        dead = (~self.seen).nonzero()[:, 0]
+        self.seen.zero_()
+        rows_ND = model.quantize.rows(latents_BDHW).flatten(0, 2)
+        draws = streams.uniform(seed, streams.AUGMENT, step, np.arange(len(dead)))
+        chosen = torch.from_numpy((draws * len(rows_ND)).astype(np.int64)).to(rows_ND.device)
+        weight = model.quantize.embedding.weight
+        weight[dead] = rows_ND[chosen]
+        if ema:
+            ema.quantize.embedding.weight[dead] = rows_ND[chosen]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[weight][moment][dead] = 0
 
 
 class TokenizerTask(Task):
@@ -92,26 +126,23 @@ class TokenizerTask(Task):
         self.quantised: list[tuple[Tensor, Tensor]] = []
         self.recorded = 0  # codes of this run
         self.perceptual = perceptual
-        side, meta = settings.image_size, on_meta(lambda: VQModel(config))
-        self.image_flops = 3 * forward_flops(lambda x: meta.decode(meta.latents(x)), side)
+        image, meta = torch.zeros(1, 3, settings.image_size, settings.image_size), on_meta(lambda: VQModel(config))
+        self.image_flops = 3 * forward_flops(lambda x: meta.decode(meta.latents(x)), image.to("meta"))
         if self.perceptual:  # one of the two images has a gradient
-            self.image_flops += 3 * forward_flops(self.perceptual, side, 2, device) // 2
+            self.image_flops += 3 * forward_flops(self.perceptual, *[image.to(device)] * 2) // 2
         self.discriminator, self.disc_start, self.disc_flops = settings.discriminator(), self.steps, 0
         if self.discriminator:
             if start and "discriminator" in start:
                 self.discriminator.load_state_dict(start["discriminator"])
-            self._add_opponent(device)
-
-    def _add_opponent(self, device: torch.device) -> None:
-        s = self.settings
-        self.discriminator.to(device, memory_format=torch.channels_last)
-        self.opponent = Opponent(
-            DiscriminatorLoss(self.discriminator, s.disc_loss), adamw(self.discriminator, s),
-            lambda step: self.pairs if step >= self.disc_start else [], self.discriminator_loss, s.disc_lr / s.lr,
-        )  # fmt: skip
-        self.disc_start = self.steps // 2 if s.disc_start is None else s.disc_start
-        # three passes for each of an image and its reconstruction, and two for the gradient of the adversarial loss
-        self.disc_flops = 8 * forward_flops(on_meta(s.discriminator), s.image_size)
+            self.discriminator.to(device, memory_format=torch.channels_last)
+            self.opponent = Opponent(
+                DiscriminatorLoss(self.discriminator, settings.disc_loss), adamw(self.discriminator, settings),
+                lambda step: self.pairs if step >= self.disc_start else [], self.discriminator_loss,
+                settings.disc_lr / settings.lr,
+            )  # fmt: skip
+            self.disc_start = self.steps // 2 if settings.disc_start is None else settings.disc_start
+            # three passes for each of an image and its reconstruction, and two for the gradient of the adversarial loss
+            self.disc_flops = 8 * forward_flops(on_meta(settings.discriminator), image.to("meta"))
 
     def batches(self, epoch: int, first_step: int, world: World) -> Iterator[tuple[Tensor]]:
         """uint8 (B, H, W, 3); view 1 is the mirror image."""
