@@ -97,7 +97,7 @@ def card(
     gpt = "gpt_model" in about or "tok_embeddings.weight" in state
     name = about.get("gpt_model" if gpt else "vq_model") or ("GPT" if gpt else "tokenizer")
     tags = ["autoregressive-image-generation" if gpt else "image-tokenizer", "next-patch-prediction"]
-    module = "autoregressive.models.gpt" if gpt else "tokenizer.tokenizer_image.load"
+    module = "autoregressive.models.gpt" if gpt else "tokenizer.tokenizer_image.vq_model"
     loader = "GPT" if gpt else "Tokenizer"
     flag = "--gpt-ckpt" if gpt else "--vq-ckpt"
     args = content.get("args") or {}

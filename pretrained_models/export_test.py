@@ -96,7 +96,7 @@ def test_a_bare_file_has_a_card_without_recipe(export, tmp_path):
     torch.save({"quantize.embedding.weight": torch.zeros(4, 2)}, tmp_path / "vq.pt")
     assert export(tmp_path / "vq.pt", tmp_path / "out").returncode == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "from tokenizer.tokenizer_image.load import Tokenizer" in card
+    assert "from tokenizer.tokenizer_image.vq_model import Tokenizer" in card
     assert not any(heading in card for heading in ("## Recipe", "## Training", "## Figures"))
 
 

@@ -13,7 +13,7 @@ from autoregressive.models.gpt import PRESETS, Transformer
 from autoregressive.train import extract_codes_c2i, train_c2i
 from dataset.codes import __main__ as codes_tool
 from tokenizer.tokenizer_image import reconstruction_vq_ddp, vq_model, vq_train
-from tokenizer.tokenizer_image.load import Tokenizer
+from tokenizer.tokenizer_image.vq_model import Tokenizer
 from utils import cli
 from utils.pixels import to_float
 from utils.samples import Samples

@@ -23,7 +23,7 @@ from dataset.crops import Unreadable, decode
 from evaluations.c2i.classifier import Classifier, fused
 from evaluations.c2i.features import FeatureNetwork
 from tokenizer.tokenizer_image import vq_model
-from tokenizer.tokenizer_image.load import Tokenizer
+from tokenizer.tokenizer_image.vq_model import Tokenizer
 from utils import checkpoint, cli, samples
 from utils.log import read_metrics
 from utils.networks import save_network

@@ -17,8 +17,7 @@ from autoregressive.models.generate import Decoder, image_uniforms
 from autoregressive.models.gpt import GPT, Transformer
 from autoregressive.models.guidance import POWER, guidance_scales
 from autoregressive.models.patches import grid_side
-from tokenizer.tokenizer_image.load import Tokenizer
-from tokenizer.tokenizer_image.vq_model import VQModel
+from tokenizer.tokenizer_image.vq_model import Tokenizer, VQModel
 from utils import checkpoint, cli
 from utils.distributed import best_device, precision_dtype
 from utils.machine import use_compile

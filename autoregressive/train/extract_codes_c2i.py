@@ -31,8 +31,7 @@ from dataset.crops import VIEWS, cut_views
 from dataset.images import CropRequest, ImageFolder, ImageSettings, read_crops, skipped_text
 from dataset.listing import ImagesPath
 from pretrained_models.catalogue import WeightsFile
-from tokenizer.tokenizer_image.load import Tokenizer
-from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
+from tokenizer.tokenizer_image.vq_model import Tokenizer, VQConfig, VQModel
 from utils import cli
 from utils.distributed import World, autocast, best_device, cores, join_world, precision_dtype
 from utils.files import check_folder, file_lock, sha256

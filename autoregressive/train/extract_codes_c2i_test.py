@@ -21,8 +21,7 @@ from dataset.codes import __main__ as codes_command
 from dataset.codes.toy import files, unfinish
 from dataset.crops import VIEWS, cut_views, load_image
 from dataset.images import ImageFolder
-from tokenizer.tokenizer_image.load import Tokenizer
-from tokenizer.tokenizer_image.vq_model import PRESETS, VQModel, preset
+from tokenizer.tokenizer_image.vq_model import PRESETS, Tokenizer, VQModel, preset
 from utils import checkpoint, cli
 from utils.cli import InputError
 from utils.distributed import World

@@ -24,7 +24,7 @@ from autoregressive.train.fine_tune import fitted
 from autoregressive.train.gpt_task import Data, GPTTask, TrainSettings
 from autoregressive.train.preview import Preview
 from dataset.codes import Codes
-from tokenizer.tokenizer_image.load import Tokenizer
+from tokenizer.tokenizer_image.vq_model import Tokenizer
 from utils import checkpoint, cli
 from utils.cli import InputError
 from utils.distributed import World, join_world, precision_dtype, world_size

@@ -130,7 +130,7 @@ def draw(result: Survey, s: CheckSettings) -> None:
     """A picture of decoded codes: a class a row, images of it in the columns, or all views of one."""
     import torch  # here, so that pack and a check without a picture don't wait for it
 
-    from tokenizer.tokenizer_image.load import Tokenizer
+    from tokenizer.tokenizer_image.vq_model import Tokenizer
     from utils.pixels import to_uint8
 
     folder, manifest = result.folder, result.folder.manifest

@@ -32,8 +32,7 @@ from dataset.images import CropRequest, ImageFolder, read_crops
 from dataset.sampler import epoch_batches
 from scripts.benchmark import harness
 from scripts.benchmark.harness import CPU
-from tokenizer.tokenizer_image.load import Tokenizer
-from tokenizer.tokenizer_image.vq_model import PRESETS, VQModel, preset
+from tokenizer.tokenizer_image.vq_model import PRESETS, Tokenizer, VQModel, preset
 from utils import checkpoint, cli
 from utils.distributed import World, best_device
 from utils.log import progress

@@ -12,8 +12,7 @@ from pretrained_models.catalogue import CATALOGUE, find_weights
 from pretrained_models.loader import Pretrained
 from scripts.pipeline.images import Images
 from scripts.pipeline.settings import PipelineSettings
-from tokenizer.tokenizer_image.load import Tokenizer
-from tokenizer.tokenizer_image.vq_model import VQConfig
+from tokenizer.tokenizer_image.vq_model import Tokenizer, VQConfig
 from tokenizer.tokenizer_image.vq_model import preset as vq_preset
 from utils import checkpoint
 from utils.cli import InputError

@@ -27,10 +27,9 @@ import torch
 from dataset.images import CropRequest, ImageFolder, ImageSettings, check_some_readable, read_crops, skipped_text
 from dataset.listing import ImagesPath
 from pretrained_models.catalogue import WeightsFile
-from tokenizer.tokenizer_image.load import Tokenizer
 from tokenizer.tokenizer_image.perceptual import LPIPS, lpips_is_here
 from tokenizer.tokenizer_image.similarity import WINDOW, figures
-from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel, code_health
+from tokenizer.tokenizer_image.vq_model import Tokenizer, VQConfig, VQModel, code_health
 from utils import cli, draw, samples
 from utils.distributed import World, join_world
 from utils.download import recorded_sha256

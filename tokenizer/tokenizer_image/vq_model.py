@@ -4,16 +4,19 @@ Shapes: B batch, H x W pixels or a grid of codes, C channels, D codebook width, 
 Parameter names are those of the published checkpoints (vq_ds16_c2i.pt, vq_ds8_c2i.pt).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import isqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
+from pretrained_models.loader import Pretrained, check_sizes
+from utils.cli import InputError
 from utils.kernels import GroupNorm, attention
 
 USAGE_LENGTH = 65536  # codes that the usage buffer remembers
@@ -398,3 +401,37 @@ class VQModel(nn.Module):
         return Output(
             self.decoder.last_layer(features_BCHW), quantised.codes_BHW, latents_BDHW, features_BCHW, quantised.loss
         )
+
+
+class Tokenizer(
+    VQModel,
+    Pretrained,
+    library_name="pytorch",
+    tags=["image-tokenizer", "vector-quantization", "next-patch-prediction"],
+    paper_url="https://arxiv.org/abs/2406.06525",
+):
+    """A VQModel that was loaded, in float32: Tokenizer.from_pretrained("vq_ds16_c2i"); see Pretrained."""
+
+    PRESETS, CONFIG, KIND, NAME, DTYPE = PRESETS, VQConfig, "tokenizer", "vq_model", torch.float32
+    # What the command line of vq_train.py can change.
+    OPEN = ("codebook_size", "codebook_embed_dim", "commit_loss_beta", "entropy_loss_ratio", "show_usage")
+
+    @classmethod
+    def sizes_of(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        codebook = state.get("quantize.embedding.weight", torch.empty(0))
+        if codebook.dim() != 2:
+            return {}
+        usage = "quantize.codebook_used" in state
+        return {"codebook_size": len(codebook), "codebook_embed_dim": codebook.shape[1], "show_usage": usage}
+
+    @classmethod
+    def check_config(cls, config: VQConfig, state: Mapping[str, Tensor], what: str) -> None:
+        whole = ("ch", "num_res_blocks", "z_channels", "codebook_size", "codebook_embed_dim", "fold")
+        levels = (*config.encoder_ch_mult, *config.decoder_ch_mult)
+        sizes = {key: getattr(config, key) for key in whole} | {f"ch_mult {i}": level for i, level in enumerate(levels)}
+        check_sizes(sizes, what)
+        if len(levels) * config.num_res_blocks > len(state):
+            raise InputError(
+                f"{what} says {config.num_res_blocks} blocks for each of {len(levels)} levels, but it holds "
+                f"{len(state)} tensors"
+            )

@@ -17,10 +17,9 @@ from tokenizer.tokenizer_image.discriminator import (
     GENERATOR_LOSSES,
     discriminator,
 )
-from tokenizer.tokenizer_image.load import Tokenizer
 from tokenizer.tokenizer_image.perceptual import LPIPS, NetworkDistance
 from tokenizer.tokenizer_image.vq_loss import RECONSTRUCTION
-from tokenizer.tokenizer_image.vq_model import PRESETS, VQConfig, preset
+from tokenizer.tokenizer_image.vq_model import PRESETS, Tokenizer, VQConfig, preset
 from utils import checkpoint, cli
 from utils.cli import InputError
 from utils.distributed import world_size

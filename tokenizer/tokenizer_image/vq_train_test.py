@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from tokenizer.tokenizer_image.discriminator import PatchGAN
-from tokenizer.tokenizer_image.load import Tokenizer
 from tokenizer.tokenizer_image.vq_data import batches_of
-from tokenizer.tokenizer_image.vq_model import VQModel
+from tokenizer.tokenizer_image.vq_model import Tokenizer, VQModel
 from tokenizer.tokenizer_image.vq_settings import TokenizerSettings
 from tokenizer.tokenizer_image.vq_task import DeadCodes, TokenizerTask, learning_rate
 from tokenizer.tokenizer_image.vq_train import main

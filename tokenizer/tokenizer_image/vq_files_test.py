@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokenizer.tokenizer_image.load import Tokenizer
-from tokenizer.tokenizer_image.vq_model import PRESETS, VQModel, preset
+from tokenizer.tokenizer_image.vq_model import PRESETS, Tokenizer, VQModel, preset
 from utils import checkpoint
 from utils.cli import InputError
 from utils.pixels import to_float
