@@ -16,10 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from dataset.codes.folders import Folder, open_folder
-from dataset.codes.manifest import SHARD_SIZE, Place, find_place
-from dataset.codes.merge import merge as merge_parts
-from dataset.codes.merge import merged
-from dataset.codes.repack import PUBLISHED_CODEBOOK, repack, repacked
+from dataset.codes.manifest import SHARD_SIZE, Manifest, Place, find_place
+from dataset.codes.repack import PUBLISHED_CODEBOOK, merged, repack, repacked
 from dataset.codes.survey import Survey, class_name, survey
 from dataset.codes.writer import Writer
 from pretrained_models.catalogue import WeightsFile
@@ -80,27 +78,28 @@ def convert(s: UnpackSettings, layout: str, *options: int | None) -> None:
     check_folder(s.dst)
     source = open_folder(find_place(s.src, s.dataset, s.image_size))
     manifest = repacked(source, layout, *options)
-    place = Place(s.dst, manifest.dataset, manifest.image_size)
-    if place.codes.resolve() == source.place.codes.resolve():
-        raise cli.InputError(f"{s.src} and {s.dst} are the same folder: give another one to write to")
-    with file_lock(place.manifest, "wait for it, or give another folder"):
-        done = repack(source, Writer(place, manifest))
-    what = f"{source.images} images, {manifest.views} views of {manifest.tokens} codes"
-    print(f"wrote {place.codes}, equal to its source: {what}" if done else f"{place.codes} is complete already: {what}")
+    what = f"{source.images} images, {manifest.views} views of {manifest.tokens} codes, equal to its source"
+    write(s.dst, manifest, [source], what)
 
 
 def merge(arguments: Sequence[str]) -> None:
     """Parts of the codes from several machines -> what one machine would have written."""
     s = MergeSettings.from_command_line(merge.__doc__, arguments)
     check_folder(s.out)
-    parts = [find_place(root, s.dataset, s.image_size) for root in s.parts]
-    manifest, manifests = merged(parts)
-    place = Place(s.out, manifest.dataset, manifest.image_size)
+    parts = [open_folder(find_place(root, s.dataset, s.image_size), part=True) for root in s.parts]
+    manifest = merged(parts)
+    write(s.out, manifest, parts, f"{manifest.images} images of {len(parts)} parts")
+
+
+def write(root: Path, manifest: Manifest, sources: Sequence[Folder], what: str) -> None:
+    """Write the sources' codes below root, unless they are there, and say what they are."""
+    place = Place(root, manifest.dataset, manifest.image_size)
+    for source in sources:
+        if place.codes.resolve() == source.place.codes.resolve():
+            raise cli.InputError(f"{source.place.root} and {root} are the same folder: give another one to write to")
     with file_lock(place.manifest, "wait for it, or give another folder"):
-        done = merge_parts(parts, manifests, Writer(place, manifest))
-    print(
-        f"{place.codes} {'is written' if done else 'is complete already'}: {manifest.images} images of {len(parts)} parts"
-    )
+        done = repack(sources, Writer(place, manifest))
+    print(f"{place.codes} {'is written' if done else 'is complete already'}: {what}")
 
 
 def check(arguments: Sequence[str]) -> None:

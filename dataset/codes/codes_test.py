@@ -94,7 +94,7 @@ def test_a_damaged_or_missing_file_is_named(tmp_path, layout):
         codes.write_bytes(good[0]), labels.write_bytes(good[1])
 
     codes.write_bytes(good[0][:-7])
-    fails(codes, "is truncated or damaged|bytes, but")
+    fails(codes, "is truncated or damaged")
     for path in (codes, labels):
         path.unlink()
         fails(path, "is missing")
@@ -131,7 +131,7 @@ def test_published_codes_with_holes_or_of_one_dimension_are_read(tmp_path, capfd
         for i in (3, 17):
             (tmp_path / folder / f"{i}.npy").unlink()
     assert np.array_equal(Codes(tmp_path, "toy", 32).batch(np.arange(21))[0], np.delete(codes, (3, 17), 0)[:, 0])
-    assert "21 images numbered up to 22, 2 numbers have no file" in capfd.readouterr().err
+    assert "21 images numbered up to 22, 2 numbers have no file, the first is 3" in capfd.readouterr().err
 
 
 def test_what_is_no_finished_set_of_codes_is_not_read(tmp_path):
@@ -169,7 +169,7 @@ def test_a_manifest_of_more_codes_than_its_files_hold_builds_nothing(tmp_path, l
         path.write_text(json.dumps(whole | change))
         start = time.monotonic()
         if layout == "packed" or "images" in change:
-            with pytest.raises(InputError, match=r"is missing|bytes, but .*toy32.json says|cannot be read|holds 40 of"):
+            with pytest.raises(InputError, match=r"is missing|has shape|cannot be read|holds 40 of"):
                 Codes(tmp_path, "toy", 32)
         assert time.monotonic() - start < 5
     path.write_text(json.dumps(whole | {"an_unknown_field": 1}))

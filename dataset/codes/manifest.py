@@ -60,9 +60,7 @@ class Manifest(Record):
     view_mode: str = "single"
     crop_range: float | None = None
     vq_model: str = ""
-    tokenizer_sha256: str = (
-        ""  # which tokenizer: checkpoint.identity of its weights or, in older ones, its file's sha256
-    )
+    tokenizer_sha256: str = ""  # checkpoint.identity of the tokenizer's weights or, in older ones, its file's sha256
     classes: list[Name] = []
     precision: str = "fp32"
     paths_sha256: str = ""
@@ -112,12 +110,16 @@ class Manifest(Record):
         """The skipped images of a shard."""
         return [row for row in self.skipped if row["image"] in self.rows(shard)]
 
+    @property
+    def own_images(self) -> range:
+        """The images of this part, or all, with those that were skipped."""
+        return range(self.own_shards.start * self.shard_size, min(self.images, self.own_shards.stop * self.shard_size))
+
     @cached_property
     def numbers(self) -> np.ndarray:
         """The images that have codes, (n,) int64, sorted: row r of all codes is of image numbers[r]."""
-        own = self.own_shards
-        images = np.arange(own.start * self.shard_size, min(self.images, own.stop * self.shard_size))
-        return np.setdiff1d(images, [row["image"] for row in self.skipped])
+        own = self.own_images
+        return np.setdiff1d(np.arange(own.start, own.stop), [row["image"] for row in self.skipped])
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -176,13 +178,7 @@ def load_array(path: Path, mmap: bool = False) -> np.ndarray:
     except OSError as error:
         more = "; raise `ulimit -n`, or pack the codes into larger shards" if error.errno == errno.EMFILE else ""
         raise InputError(f"{path} cannot be read ({error.strerror or error}){more}") from None
-    except (
-        ValueError,
-        EOFError,
-        MemoryError,
-        SyntaxError,
-        TokenError,
-    ) as error:  # the last two: of numpy's header parser
+    except (ValueError, EOFError, MemoryError, SyntaxError, TokenError) as error:  # the last two: numpy's header parser
         if "objects" in str(error) or "Object arrays" in str(error):
             raise InputError(f"{path} holds Python objects; expected whole numbers: extract the codes again") from None
         raise InputError(f"{path} is truncated or damaged ({error}): delete it and extract the codes again") from None
@@ -194,20 +190,6 @@ def load_array(path: Path, mmap: bool = False) -> np.ndarray:
     return array
 
 
-def places(root: Path) -> list[Place]:
-    """The sets of codes that a folder holds. A manifest says where the data set's name ends and the size begins; without
-    one, the size is the name's last digits."""
-    found = []
-    for folder in sorted(root.glob("*_codes")):
-        name = folder.name.removesuffix("_codes")
-        manifest = read_manifest(root / f"{name}.json")
-        if manifest and f"{manifest.dataset}{manifest.image_size}" == name:
-            found.append(Place(root, manifest.dataset, manifest.image_size))
-        elif match := re.fullmatch(r"(.*[^0-9])([0-9]{1,9})", name):
-            found.append(Place(root, match[1], int(match[2])))
-    return found
-
-
 def find_place(root: str | Path, dataset: str | None = None, image_size: int | None = None) -> Place:
     """The one set of codes under root of this data set and size, None for any; root may be the folder of codes itself.
 
@@ -216,19 +198,31 @@ def find_place(root: str | Path, dataset: str | None = None, image_size: int | N
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"there is no folder {root}; expected the one that extract_codes_c2i.sh wrote to")
+    folders = sorted(root.glob("*_codes")) or [path for path in [root.absolute()] if path.name.endswith("_codes")]
     if dataset is not None and image_size is not None:
-        for place in (Place(folder, dataset, image_size) for folder in (root, root.absolute().parent)):
-            if place.codes.is_dir() and (place.root == root or place.codes == root.absolute()):
-                return place
-    known = places(root) or [p for p in places(root.absolute().parent) if p.codes == root.absolute()]
-    fitting = [p for p in known if dataset in (None, p.dataset) and image_size in (None, p.image_size)]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        listed = " or ".join(f"--dataset {p.dataset} --image-size {p.image_size}" for p in fitting[:9])
+        wanted = Place(root, dataset, image_size).name
+        found = [Place(path.parent, dataset, image_size) for path in folders if path.name == f"{wanted}_codes"]
+    else:
+        known = [place for place in map(_place_of, folders) if place]
+        found = [p for p in known if dataset in (None, p.dataset) and image_size in (None, p.image_size)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        listed = " or ".join(f"--dataset {p.dataset} --image-size {p.image_size}" for p in found[:9])
         raise InputError(f"{root} holds several sets of codes: choose one by {listed}")
-    names = sorted(path.name.removesuffix("_codes") for path in root.glob("*_codes")) or [p.name for p in known]
+    names = [path.name.removesuffix("_codes") for path in folders]
     advice = "give the --image-size (and --dataset) that the codes were extracted with" if names else "check the path"
     listed = ", ".join(names[:9]) + (", ..." if len(names) > 9 else "")
     asked = f"{dataset or '{dataset}'}{image_size or '{size}'}_codes"
     raise InputError(f"{root} has no {asked}: there is {listed or 'nothing'}; {advice}")
+
+
+def _place_of(folder: Path) -> Place | None:
+    """The place of a folder `{dataset}{size}_codes`. A manifest says where the data set's name ends and the size begins;
+    without one, the size is the name's last digits."""
+    name = folder.name.removesuffix("_codes")
+    manifest = read_manifest(folder.with_name(f"{name}.json"))
+    if manifest and f"{manifest.dataset}{manifest.image_size}" == name:
+        return Place(folder.parent, manifest.dataset, manifest.image_size)
+    match = re.fullmatch(r"(.*[^0-9])([0-9]{1,9})", name)
+    return Place(folder.parent, match[1], int(match[2])) if match else None

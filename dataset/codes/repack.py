@@ -1,14 +1,15 @@
-"""One layout of codes into the other, shard by shard; and the packed copy that training reads a published folder from."""
+"""One layout of codes into the other, and parts into the whole, shard by shard; and the packed copy of a published folder."""
 
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from dataset.codes.folders import Folder, Packed, PerImage
+from dataset.codes.folders import Folder, Packed, PerImage, alteration
 from dataset.codes.manifest import FORMAT, Manifest, Place, read_manifest
 from dataset.codes.writer import Writer
 from utils.cli import InputError, note
@@ -17,11 +18,7 @@ from utils.log import progress
 from utils.settings import LARGEST
 
 PUBLISHED_CODEBOOK = 16384
-PATIENCE = 1800  # seconds without a new shard, after which another process's packing is no longer waited for
-
-
-class OutsideCodebook(InputError):
-    """A code that the codebook does not have."""
+LOOKED_AT = 64  # images whose codes tell how large the codebook may be
 
 
 def repacked(source: Folder, layout: str, shard_size: int | None = None, codebook_size: int | None = None) -> Manifest:
@@ -45,8 +42,33 @@ def repacked(source: Folder, layout: str, shard_size: int | None = None, codeboo
     )  # fmt: skip
 
 
-def repack(source: Folder, writer: Writer, show: bool = True, what: str = "writing") -> bool:
-    """Write a source's codes by a writer of another place; False if they are complete there already.
+def merged(parts: Sequence[Folder]) -> Manifest:
+    """The manifest of all codes. Raises InputError unless these are all parts of them, each once, made alike."""
+    manifests = [part.manifest for part in parts]
+    skipped = [row for manifest in manifests for row in manifest.skipped]
+    wanted = manifests[0].changed(part="", skipped=skipped, shards_sha256=[], shards_max=[])
+    count = manifests[0].part.partition("/")[2]
+    seen: dict[str, Folder] = {}
+    for part, manifest in zip(parts, manifests, strict=True):
+        number, _, of = manifest.part.partition("/")
+        different = wanted.differences(manifest.changed(part=""))
+        different += [f"parts {count}, now {of}"] if of != count else []
+        codes = part.place.codes
+        if different:
+            raise InputError(f"{codes} was extracted otherwise than {parts[0].place.codes}: {'; '.join(different)}")
+        if number in seen:
+            raise InputError(
+                f"{seen[number].place.codes} and {codes} are both part {manifest.part}: give each part once"
+            )
+        seen[number] = part
+    if missing := [f"{i}/{count}" for i in range(1, int(count) + 1) if str(i) not in seen]:
+        raise InputError(f"part {', '.join(missing[:9])} is missing: expected {count} parts, got {len(parts)}")
+    return wanted
+
+
+def repack(sources: Sequence[Folder], writer: Writer, show: bool = True, what: str = "writing") -> bool:
+    """Write codes by a writer of another place; False if they are complete there already. sources: the codes, or all
+    parts of them.
 
     A shard that is complete is not written again. Every shard is read back and compared with its source. Raises InputError
     for an unreadable source, ids outside the codebook, negative labels, a shard that differs, or too small a disk.
@@ -55,37 +77,44 @@ def repack(source: Folder, writer: Writer, show: bool = True, what: str = "writi
         return False
     m = writer.manifest
     writer.check_space(sum(not writer.has(shard) for shard in range(m.shards)))
-    with progress(total=source.images, unit=" images", desc=f"{what} {m.layout}", show=show) as bar:
-        for shard in range(m.shards):
-            rows = range(m.starts[shard], m.starts[shard + 1])
-            codes, labels = source.read(rows)
-            _refuse_bad_values(source, rows, codes, labels, m.codebook_size)
-            if not writer.has(shard):
-                writer.start()  # not before: what is wrong with the first shard or the options leaves nothing behind
-                writer.write(shard, codes, labels, m.gaps(shard))
-            written, written_labels = writer.read(shard)
-            if not (np.array_equal(written, codes) and np.array_equal(written_labels, labels)):
-                raise InputError(
-                    f"shard {shard} of {writer.place.codes} differs from its source: delete that folder and "
-                    f"{writer.place.unfinished}, and run this again"
-                )
-            bar.update(len(rows))
+    total = sum(source.images for source in sources)
+    with progress(total=total, unit=" images", desc=f"{what} {m.layout}", show=show) as bar:
+        for source in sources:
+            part = bool(source.manifest and source.manifest.part)
+            shards = source.manifest.own_shards if part else range(m.shards)
+            for shard in shards:
+                if part and (text := alteration(source, shard)):
+                    raise InputError(text)
+                rows = range(m.starts[shard] - m.starts[shards.start], m.starts[shard + 1] - m.starts[shards.start])
+                _copy(source, rows, writer, shard)
+                bar.update(len(rows))
     writer.finish()
     return True
 
 
-def _refuse_bad_values(source: Folder, rows: range, codes: np.ndarray, labels: np.ndarray, codebook_size: int) -> None:
+def _copy(source: Folder, rows: range, writer: Writer, shard: int) -> None:
+    """Write these images of a source as a shard, if it is not there, and compare what is there with them."""
+    codes, labels = source.read(rows)
+    codebook_size = writer.manifest.codebook_size
     if codes.size and (codes.min() < 0 or codes.max() >= codebook_size):
         image, view, position = np.argwhere((codes < 0) | (codes >= codebook_size))[0]
-        code = codes[image, view, position]
-        raise (InputError if code < 0 else OutsideCodebook)(
-            f"{source.file_of(rows[image])}: code {code} of image {source.numbers[rows[image]]} is "
-            f"outside the codebook of {codebook_size}: extract it again, or give --codebook-size"
+        raise InputError(
+            f"{source.file_of(rows[image])}: code {codes[image, view, position]} of image {source.numbers[rows[image]]} is "
+            f"outside the codebook of {codebook_size}: extract it again, or pack it with --codebook-size"
         )
     if (labels < 0).any():
         image = int(labels.argmin())
         raise InputError(
             f"{source.place.labels}: image {source.numbers[rows[image]]} has label {labels[image]}; expected 0 or more"
+        )
+    if not writer.has(shard):
+        writer.start()  # not before: what is wrong with the first shard or the options leaves nothing behind
+        writer.write(shard, codes, labels, writer.manifest.gaps(shard))
+    written, written_labels = writer.read(shard)
+    if not (np.array_equal(written, codes) and np.array_equal(written_labels, labels)):
+        raise InputError(
+            f"shard {shard} of {writer.place.codes} differs from its source: delete that folder and "
+            f"{writer.place.unfinished}, and run this again"
         )
 
 
@@ -97,36 +126,26 @@ def packed_form(source: Folder) -> Packed:
     """
     if isinstance(source, Packed):
         return source
-    if not source.manifest and (holes := int(source.numbers[-1]) + 1 - source.images):
+    place, last = source.place, int(source.numbers[-1])
+    if not source.manifest and (holes := last + 1 - source.images):
+        first = int((source.numbers != np.arange(source.images)).argmax())
         note(
-            f"{source.place.codes}: {source.images} images numbered up to {source.numbers[-1]}, {holes} numbers have no file"
+            f"{place.codes}: {source.images} images numbered up to {last}, {holes} numbers have no file, the first is {first}"
         )
-    copy = _copy_place(source)
-    check_folder(copy.root)
-    last, since, said = -1, time.monotonic(), False
-    while True:
-        if packed := _open_copy(copy, source):
-            return packed
+    root = place.packed
+    if not os.access(root if root.is_dir() else place.root, os.W_OK):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        root = cache / "next-patch-prediction" / f"{root.name}-{source.state}"
+    copy = Place(check_folder(root), place.dataset, place.image_size)
+    said = False
+    while not (packed := _open_copy(copy, source)):
         with suppress(InUse), file_lock(copy.manifest):
             return _open_copy(copy, source) or _make_copy(copy, source)
         if not said:
             note(f"{copy.root} is being packed by another process: waiting for it")
             said = True
-        done = len(list(copy.records.glob("*.json")))
-        if done != last:
-            last, since = done, time.monotonic()
-        elif time.monotonic() - since > PATIENCE:
-            raise InputError(f"{copy.root} is in use, and nothing was packed for {PATIENCE // 60} minutes")
         time.sleep(0.5)
-
-
-def _copy_place(source: PerImage) -> Place:
-    place = source.place
-    root = place.packed
-    if not os.access(root if root.is_dir() else place.root, os.W_OK):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        root = cache / "next-patch-prediction" / f"{root.name}-{source.state}"
-    return Place(root, place.dataset, place.image_size)
+    return packed
 
 
 def _open_copy(copy: Place, source: PerImage) -> Packed | None:
@@ -139,23 +158,18 @@ def _open_copy(copy: Place, source: PerImage) -> Packed | None:
 
 
 def _make_copy(copy: Place, source: PerImage) -> Packed:
-    note(f"{source.place.codes} has one file an image{source.gaps()}: packing it into {copy.root}, once")
+    note(f"{source.place.codes} has one file an image: packing it into {copy.root}, once")
     wanted = repacked(source, "packed").changed(source_id=source.state)
-    # Without a manifest nothing tells of the codebook: codes take 16 bits, or 32 where one of them does not fit.
-    for codebook_size in [wanted.codebook_size] if source.manifest else [1 << 16, LARGEST]:
-        wanted = wanted.changed(codebook_size=codebook_size)
-        try:
-            writer = Writer(copy, wanted)
-        except InputError:  # of another state of the source
-            for path in (copy.manifest, copy.unfinished):
-                path.unlink(missing_ok=True)
-            for folder in (copy.codes, copy.labels, copy.records):
-                shutil.rmtree(folder, ignore_errors=True)
-            writer = Writer(copy, wanted)
-        try:
-            repack(source, writer, os.environ.get("RANK", "0") == "0", "packing")
-            break
-        except OutsideCodebook:
-            if source.manifest or codebook_size == LARGEST:
-                raise
+    if not source.manifest:  # nothing tells of the codebook: codes take 16 bits, or 32 where some images need them
+        largest = source.read(range(min(source.images, LOOKED_AT)))[0].max()
+        wanted = wanted.changed(codebook_size=1 << 16 if largest < 1 << 16 else LARGEST)
+    try:
+        writer = Writer(copy, wanted)
+    except InputError:  # of another state of the source
+        for path in (copy.manifest, copy.unfinished):
+            path.unlink(missing_ok=True)
+        for folder in (copy.codes, copy.labels, copy.records):
+            shutil.rmtree(folder, ignore_errors=True)
+        writer = Writer(copy, wanted)
+    repack([source], writer, os.environ.get("RANK", "0") == "0", "packing")
     return Packed(copy, writer.before, source)

@@ -1,12 +1,11 @@
 """What a folder of codes holds and whether it is sound, streamed: a few hundred megabytes of RAM for any size."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import isqrt
 
 import numpy as np
 
-from dataset.codes.folders import Folder
-from dataset.codes.manifest import shard_digest
+from dataset.codes.folders import Folder, alteration
 from utils.cli import InputError
 from utils.log import progress
 
@@ -25,7 +24,7 @@ class Survey:
     high: int
     labels: np.ndarray  # (images,) int64
     duplicates: int  # images whose first view has the codes of an earlier image's
-    problems: list[str] = field(default_factory=list)
+    problems: list[str]
 
     @property
     def perplexity(self) -> float:
@@ -56,10 +55,10 @@ class Survey:
             "classes": f"{len(counts)}, images a class: min {counts.min()}, median {np.median(counts):g}, max {counts.max()}",
             "empty": f"{len(empty)} classes without images: {named}" if len(empty) else "none",
             "duplicates": f"{self.duplicates} images ({self.duplicates / f.images:.2%}) have the codes of an earlier one",
-            "tokenizer": f"{m.vq_model or 'unknown'}, {m.tokenizer_sha256[:16] or 'unknown weights'}"
-            if m
-            else "unknown",
+            "tokenizer": "unknown",
         }
+        if m:
+            rows["tokenizer"] = f"{m.vq_model or 'unknown'}, {m.tokenizer_sha256[:16] or 'unknown weights'}"
         if m and m.skipped:
             first = "; ".join(f"{row['image']} {row['path']} ({row['reason']})" for row in m.skipped[:3])
             rows["skipped"] = f"{len(m.skipped)} images: {first}{'; ...' if len(m.skipped) > 3 else ''}"
@@ -79,21 +78,20 @@ def survey(folder: Folder, codebook_size: int, show: bool = True) -> Survey:
     if codebook_size > LARGEST_CODEBOOK:
         raise InputError(f"a codebook of {codebook_size} in {folder.place.codes}; expected at most {LARGEST_CODEBOOK}")
     ids = np.zeros(codebook_size, np.int64)
-    low, high, outside, first_outside = np.iinfo(np.int64).max, np.iinfo(np.int64).min, 0, None
+    lows, highs, outside, first_outside = [], [], 0, None
     hashes, labels = np.empty(folder.images, np.uint64), np.empty(folder.images, np.int64)
     # A sum with odd random weights modulo 2**64: equal for equal codes, and next to never else.
-    weights = np.random.default_rng(0).integers(1 << 63, size=folder.tokens, dtype=np.uint64) * np.uint64(
-        2
-    ) + np.uint64(1)
+    weights = np.random.default_rng(0).integers(1 << 64, size=folder.tokens, dtype=np.uint64) | np.uint64(1)
     step = max(1, CODES_AT_ONCE // (folder.views * folder.tokens))
     with progress(total=folder.images, unit=" images", desc="checking", show=show) as bar:
         for start in range(0, folder.images, step):
             rows = range(start, min(start + step, folder.images))
             codes_NVL, labels[rows.start : rows.stop] = folder.read(rows)
             codes_NVL = codes_NVL.astype(np.int64)
-            low, high = min(low, int(codes_NVL.min())), max(high, int(codes_NVL.max()))
+            lows.append(int(codes_NVL.min()))
+            highs.append(int(codes_NVL.max()))
             good = codes_NVL.reshape(-1)
-            if good.min() < 0 or good.max() >= codebook_size:
+            if lows[-1] < 0 or highs[-1] >= codebook_size:
                 wrong_NVL = (codes_NVL < 0) | (codes_NVL >= codebook_size)
                 outside += int(wrong_NVL.sum())
                 first_outside = start + int(wrong_NVL.any((1, 2)).argmax()) if first_outside is None else first_outside
@@ -101,7 +99,7 @@ def survey(folder: Folder, codebook_size: int, show: bool = True) -> Survey:
             ids += np.bincount(good, minlength=codebook_size)
             hashes[rows.start : rows.stop] = (codes_NVL[:, 0].astype(np.uint64) * weights).sum(1, dtype=np.uint64)
             bar.update(len(rows))
-    different = len(np.unique(hashes))
+    low, high, different = min(lows), max(highs), len(np.unique(hashes))
     problems = []
     if first_outside is not None:
         problems.append(
@@ -121,19 +119,6 @@ def survey(folder: Folder, codebook_size: int, show: bool = True) -> Survey:
             f"{len(wrong)} labels are out of range (expected {f'0 to {classes - 1}' if classes else '0 or more'}), the first "
             f"in {folder.place.labels}: image {folder.numbers[wrong[0]]} has label {labels[wrong[0]]}"
         )
-    duplicates = folder.images - different
-    return Survey(folder, codebook_size, ids, low, high, labels, duplicates, problems + _altered(folder))
-
-
-def _altered(folder: Folder) -> list[str]:
-    """The shards whose bytes are not those that the manifest has a hash of."""
-    m, place = folder.manifest, folder.place
-    found = []
-    for shard, sha256 in enumerate(m.shards_sha256 if m else ()):
-        packed = m.layout == "packed"
-        numbers = [shard] if packed else folder.numbers[m.starts[shard] : m.starts[shard + 1]]
-        if shard_digest(place, m.layout, numbers) != sha256:
-            name = f"{place.files(numbers[0], m.layout)[0].name} or its labels"
-            which = name if packed else f"one of {len(numbers)} images from {name} on"
-            found.append(f"{place.codes}: {which} was changed after it was written: its sha256 is not the manifest's")
-    return found
+    shards = len(folder.manifest.shards_sha256) if folder.manifest else 0
+    problems += filter(None, (alteration(folder, shard) for shard in range(shards)))
+    return Survey(folder, codebook_size, ids, low, high, labels, folder.images - different, problems)

@@ -102,14 +102,13 @@ class Writer:
             raise ValueError(f"shard {shard}: expected {expected}, got {codes_NVL.shape} and labels {labels_N.shape}")
         largest = int(codes_NVL.max()) if codes_NVL.size else -1
         codes_NVL, labels_N = codes_NVL.astype(m.dtype, copy=False), labels_N.astype(np.int64, copy=False)
-        if m.layout == "packed":
-            self._save(shard, codes_NVL, labels_N)
-        else:
-            for row, i in enumerate(numbers):
-                self._save(i, codes_NVL[row : row + 1], labels_N[row : row + 1])
-            for gap in skipped:  # of another try, when the image could be read
-                for path in self.place.files(gap["image"], m.layout):
-                    path.unlink(missing_ok=True)
+        step = len(codes_NVL) if m.layout == "packed" else 1
+        for i, number in enumerate(numbers):
+            rows = slice(i * step, (i + 1) * step)
+            self._save(number, codes_NVL[rows], labels_N[rows])
+        for gap in skipped if m.layout == "per-image" else ():  # of another try, when the image could be read
+            for path in self.place.files(gap["image"], m.layout):
+                path.unlink(missing_ok=True)
         record = ShardRecord(sha256=shard_digest(self.place, m.layout, numbers), skipped=list(skipped), max=largest)
         path = self.place.records / f"{shard:05d}.json"
         try:
