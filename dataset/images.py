@@ -10,7 +10,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, cached_property
+from functools import cache
+from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -55,32 +56,22 @@ class ImageSettings(Settings):
         return ImageFolder(path, background=self.background, exif_orientation=self.exif_orientation, strict=self.strict)
 
 
-class ImageFolder:
-    """A folder of images: `paths`, their `names` in it, `labels` (N,) int64 and `classes`.
+class ImageFolder(Listing):
+    """A folder of images, and how they are read.
 
     One folder of images a class, deeper folders belonging to it; a folder without class folders is one class. A table of
-    files and labels (dataset.listing.read_table) stands for a folder. Classes, and
-    the images in them, are in torchvision's sorted order, so image i is the published image i. Raises InputError as
-    Listing does.
+    files and labels (dataset.listing.read_table) stands for a folder. Classes, and the images in them, are in torchvision's
+    sorted order, so image i is the published image i. Raises InputError as Listing does.
     """
 
     def __init__(
         self, root: str | Path, *, background: str = "white", exif_orientation: bool = False, strict: bool = False
     ) -> None:
-        self.root, self.background, self.exif_orientation, self.strict = root, background, exif_orientation, strict
-        self._listing = listing = Listing(root)
-        self.paths = listing.paths
-        self.names = [listing.name(path) for path in self.paths]
-        self.labels = np.array(listing.labels, np.int64)
-        self.classes = [shown(name) for name in listing.classes]
+        super().__init__(root)
+        self.background, self.exif_orientation, self.strict = background, exif_orientation, strict
 
     def __len__(self) -> int:
         return len(self.paths)
-
-    @property
-    def left_out(self) -> dict[str, list[str]]:
-        """The names of what is no image of a class, by reason."""
-        return self._listing.left_out
 
     def evenly_spaced(self, n: int | None) -> np.ndarray:
         """The images of --num-images n, evenly spaced, or all: (n,) int64. Raises InputError where there are fewer."""
@@ -115,15 +106,13 @@ class ImageFolder:
         """Whether threads read these files faster, judged by the one in the middle."""
         return Path(self.paths[len(self) // 2]).stat().st_size > SMALL_FILE
 
-    @cached_property
-    def _content_id(self) -> str:
+    def content_id(self) -> str:
+        """What tells these images from others, whatever folder they lie in: a sha256 (hex) of names, labels, sizes (20,000
+        evenly spaced ones) and the first bytes of 64 of them."""
         digest = hashlib.sha256("\0".join([*self.names, *self.classes]).encode(errors="surrogateescape"))
         digest.update(self.labels.tobytes())
         for i in evenly_spaced(len(self), 20_000):
-            try:
-                digest.update(Path(self.paths[i]).stat().st_size.to_bytes(8, "little"))
-            except OSError:
-                digest.update(b"unreadable")
+            digest.update(Path(self.paths[i]).stat().st_size.to_bytes(8, "little"))
         for i in evenly_spaced(len(self), 64):
             try:
                 with open(self.paths[i], "rb") as file:
@@ -132,31 +121,20 @@ class ImageFolder:
                 digest.update(b"unreadable")
         return digest.hexdigest()
 
-    def content_id(self) -> str:
-        """What tells these images from others, whatever folder they lie in: a sha256 (hex) of names, labels, sizes (20,000
-        evenly spaced ones) and the first bytes of 64 of them."""
-        return self._content_id
-
     def summary(self) -> str:
         """What was found, in one paragraph; opens some headers."""
-        listing, n = self._listing, len(self)
         names = ", ".join(self.classes[:3]) + (", ..." if len(self.classes) > 3 else "")
-        flat = self.classes == [ONE_CLASS]
-        parts = [
-            f"{shown(str(self.root))}: {n:,} images in "
-            + (
-                "one class, as there are no class folders"
-                if flat
-                else f"{counted(len(self.classes), 'class')} ({names})"
-            )
-        ]
-        if listing.left_out:
-            parts.append(f"Left out: {listing.left_out_text()}")
-        if listing.nested:
-            first = shown(str(Path(listing.name(listing.nested[0])).parent))
-            parts.append(f"{len(listing.nested):,} images in deeper folders ({first}) belong to the class above them")
-        if listing.repeated:
-            parts.append(f"{listing.repeated:,} images are the same file as another one, by links")
+        classes = f"{counted(len(self.classes), 'class')} ({names})"
+        if self.classes == [ONE_CLASS]:
+            classes = "one class, as there are no class folders"
+        parts = [f"{shown(self.root)}: {len(self):,} images in {classes}"]
+        if self.left_out:
+            parts.append(f"Left out: {self.left_out_text()}")
+        if self.nested:
+            first = shown(str(Path(self.nested[0]).parent))
+            parts.append(f"{len(self.nested):,} images in deeper folders ({first}) belong to the class above them")
+        if self.repeated:
+            parts.append(f"{self.repeated:,} images are the same file as another one, by links")
         return ". ".join([*parts, *self._sampled()]) + "."
 
     def _sampled(self) -> list[str]:
@@ -207,20 +185,18 @@ class CropBatch(NamedTuple):
 
 
 class CropReader(Dataset):
-    """CropRequest -> CropBatch; each file is decoded once, by threads where files are large.
+    """CropRequest -> CropBatch; each file is decoded once. each: map, or that of a pool of threads.
 
     hand_over: this is for a reading process, whose crops become tensors in shared memory where there is enough of it. (A
     pipe takes four times as long. Where memory runs out on the way, DataLoader would wait for ever.)
     """
 
-    def __init__(self, folder: ImageFolder, threads: int = 1, hand_over: bool = False) -> None:
-        self.hand_over = hand_over
-        self.folder, self.threads = folder, threads if threads > 1 and folder.has_large_files else 1
+    def __init__(self, folder: ImageFolder, each: Callable[..., Iterator] = map, hand_over: bool = False) -> None:
+        self.folder, self.each, self.hand_over = folder, each, hand_over
 
     def __getitem__(self, request: CropRequest) -> CropBatch:
-        sizes = request.sizes
-        places = dict(zip(request.images, request.places, strict=True)) if request.places is not None else {}
-        results = list(self._map(lambda i: self.folder.crops(i, sizes, places.get(i)), request.images))
+        sizes, places = request.sizes, repeat(None) if request.places is None else request.places
+        results = list(self.each(self.folder.crops, map(int, request.images), repeat(sizes), places))
         images = np.array([i for i, crops in zip(request.images, results, strict=True) if isinstance(crops, list)], int)
         kept = [crops for crops in results if isinstance(crops, list)]
         stacks = [
@@ -230,14 +206,6 @@ class CropReader(Dataset):
         if self.hand_over and shared_memory_left() > 2 * cores() * sum(stack.nbytes for stack in stacks):
             stacks = [torch.from_numpy(stack) for stack in stacks]
         return CropBatch(stacks, images, [row for row in results if isinstance(row, dict)])
-
-    def _map(self, call: Callable, items: Iterable[int]) -> Iterator:
-        """map, by threads that are made at the first use: a process of its own makes its own."""
-        if self.threads == 1:
-            return map(call, map(int, items))
-        if "pool" not in vars(self):
-            self.pool = ThreadPoolExecutor(self.threads)
-        return self.pool.map(call, map(int, items))
 
 
 def quiet_pillow() -> None:
@@ -295,15 +263,18 @@ def read_crops(
     An error in one of them is raised here; RuntimeError for a batch that takes more than half an hour.
     """
     quiet_pillow()
-    if not workers:
-        yield from map(CropReader(folder, threads or cores()).__getitem__, requests)
+    if workers:
+        batches = DataLoader(
+            CropReader(folder, hand_over=True), batch_size=None, sampler=requests, num_workers=reading_processes(workers),
+            worker_init_fn=start_reading, collate_fn=_unchanged, timeout=PATIENCE,
+        )  # fmt: skip
+        for crops, *others in batches:
+            yield CropBatch([np.asarray(stack) for stack in crops], *others)
         return
-    batches = DataLoader(
-        CropReader(folder, hand_over=True), batch_size=None, sampler=requests, num_workers=reading_processes(workers),
-        worker_init_fn=start_reading, collate_fn=_unchanged, timeout=PATIENCE,
-    )  # fmt: skip
-    for crops, *others in batches:
-        yield CropBatch([np.asarray(stack) for stack in crops], *others)
+    threads = threads or cores()
+    with ThreadPoolExecutor(threads) as pool:
+        each = pool.map if threads > 1 and folder.has_large_files else map
+        yield from map(CropReader(folder, each).__getitem__, requests)
 
 
 def skipped_text(skipped: Sequence[dict[str, Any]], total: int) -> str:
