@@ -3,25 +3,22 @@
 A member that would lie outside the folder refuses the whole archive. Links, devices and pipes are left out.
 """
 
-import lzma
 import shutil
 import stat
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from typing import IO
 
 from utils.cli import InputError, note
-from utils.files import file_lock
+from utils.files import atomic_folder, file_lock
 from utils.log import progress
 from utils.records import Record
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 SPARE = 1 << 30  # bytes that stay free on the disk
-MOST_MEMBERS = 10_000_000
 
 
 class UnpackRecord(Record):
@@ -32,14 +29,6 @@ class UnpackRecord(Record):
     members: int
 
 
-class Member(NamedTuple):
-    """A regular file in an archive: its name, its size in bytes and what opens it."""
-
-    name: str
-    size: int
-    open: Callable[[], IO[bytes]]
-
-
 def is_archive(path: Path) -> bool:
     """Whether a path is a file that unpack takes, by its name."""
     return path.name.lower().endswith(ARCHIVES) and path.is_file()
@@ -48,61 +37,56 @@ def is_archive(path: Path) -> bool:
 def unpack(archive: Path, folder: Path) -> Path:
     """The folder, with the archive's files in it; done once. Raises InputError for an archive that is damaged, encrypted,
     unsafe, too large for the disk, or another one than the folder was unpacked from."""
-    size = archive.stat().st_size
-    record = UnpackRecord.read_if_present(folder.with_name(f"{folder.name}.json"))
+    size, record_path = archive.stat().st_size, folder.with_name(f"{folder.name}.json")
+    record = UnpackRecord.read_if_present(record_path)
     if record and folder.is_dir():
         if record.bytes != size:
             raise InputError(
                 f"{folder} was unpacked from another archive ({record.archive}): delete it, or give another --run"
             )
         return folder
-    part = folder.with_name(f".{folder.name}.part")
     with file_lock(folder):
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
         try:
-            with _errors_of(archive):
-                count = _write(archive, part, shutil.disk_usage(part).free - SPARE)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
+            with atomic_folder(folder) as unfinished:
+                count = _write(archive, unfinished, shutil.disk_usage(unfinished).free - SPARE)
+                shutil.rmtree(folder, ignore_errors=True)
+        except InputError:
             raise
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-        UnpackRecord(archive=archive.name, bytes=size, members=count).write(folder.with_name(f"{folder.name}.json"))
+        except Exception as error:  # damaged bytes fail in any way; the OSErrors of a decompressor have no number
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise InputError(
+                f"{archive} is damaged, encrypted or no archive ({' '.join(str(error).split())[:120]}): copy it again, or "
+                "unpack it by hand"
+            ) from None
+        UnpackRecord(archive=archive.name, bytes=size, members=count).write(record_path)
     return folder
 
 
 def _write(archive: Path, folder: Path, room: int) -> int:
     """Write the members; returns their number. room: bytes that they may take."""
-    written = count = 0
+    written = count = left_out = 0
     with progress(desc=f"unpacking {archive.name}", unit=" files") as bar:
-        for member in _members(archive):
-            target = folder / _inside(archive, member.name)
-            written, count = written + member.size, count + 1
-            if written > room or count > MOST_MEMBERS:
+        for name, size, opened in _members(archive):
+            target = folder / _inside(archive, name)
+            if opened is None:
+                left_out += 1
+                continue
+            written, count = written + size, count + 1
+            if written > room:
                 raise InputError(
-                    f"{archive} unfolds to more than {written / 1e9:.1f} GB in {count:,} files, and there is room for "
+                    f"{archive} unfolds to more than {written / 1e9:.1f} GB, and there is room for "
                     f"{max(0, room) / 1e9:.1f} GB: make room, or give another --run"
                 )
             target.parent.mkdir(parents=True, exist_ok=True)
-            with member.open() as source, open(target, "wb") as file:
-                shutil.copyfileobj(_Limited(source, member.size), file, 1 << 20)
+            with opened() as source, open(target, "wb") as file:  # no more bytes than the header says
+                shutil.copyfileobj(source, file, 1 << 20)
             bar.update()
+    if left_out:
+        note(f"{archive}: left out {left_out} links, devices or pipes")
     if not count:
         raise InputError(f"{archive} holds no files")
     return count
-
-
-class _Limited:
-    """A file of at most so many bytes: a header may say less than there is."""
-
-    def __init__(self, file: IO[bytes], size: int) -> None:
-        self.file, self.left = file, size
-
-    def read(self, size: int) -> bytes:
-        data = self.file.read(min(size, self.left))
-        self.left -= len(data)
-        return data
 
 
 def _inside(archive: Path, name: str) -> Path:
@@ -114,59 +98,16 @@ def _inside(archive: Path, name: str) -> Path:
     return Path(*path.parts)
 
 
-def _members(archive: Path) -> Iterator[Member]:
-    """The regular files of an archive; what else it holds is counted and said."""
-    left_out = 0
+def _members(archive: Path) -> Iterator[tuple[str, int, Callable[[], IO[bytes]] | None]]:
+    """Name and size in bytes of each member that is no folder, and what opens it: None for a link, device or pipe."""
     if archive.name.lower().endswith(".zip"):
         with zipfile.ZipFile(archive) as file:
             for info in file.infolist():
-                mode = info.external_attr >> 16
-                _inside(archive, info.filename or "/")
-                if info.is_dir():
-                    continue
-                if mode and not stat.S_ISREG(mode) and stat.S_IFMT(mode):
-                    left_out += 1
-                    continue
-                yield Member(info.filename, info.file_size, lambda info=info: file.open(info))
+                kind = stat.S_IFMT(info.external_attr >> 16)  # 0 where none is recorded
+                if not info.is_dir():
+                    yield info.filename, info.file_size, partial(file.open, info) if kind in (0, stat.S_IFREG) else None
     else:
         with tarfile.open(archive, "r|*", errorlevel=1) as file:
             for info in file:
-                if info.isdir():
-                    continue
-                _inside(archive, info.name)
-                if not info.isreg():
-                    left_out += 1
-                    continue
-                yield Member(info.name, info.size, lambda info=info: file.extractfile(info))
-    if left_out:
-        note(f"{archive}: left out {left_out} links, devices or pipes")
-
-
-@contextmanager
-def _errors_of(archive: Path) -> Iterator[None]:
-    """Turn what a damaged or encrypted archive raises into an InputError."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (
-        zipfile.BadZipFile,
-        tarfile.TarError,
-        zlib.error,
-        lzma.LZMAError,
-        EOFError,
-        NotImplementedError,
-        UnicodeError,
-        ValueError,
-    ) as error:
-        raise InputError(
-            f"{archive} is damaged or no archive ({' '.join(str(error).split())[:120]}): copy it again"
-        ) from None
-    except RuntimeError as error:
-        raise InputError(
-            f"{archive} cannot be unpacked ({error}): an encrypted one has to be unpacked by hand"
-        ) from None
-    except OSError as error:
-        if error.errno is not None:  # not a decompressor's
-            raise
-        raise InputError(f"{archive} is damaged ({error}): copy it again") from None
+                if not info.isdir():
+                    yield info.name, info.size, partial(file.extractfile, info) if info.isreg() else None

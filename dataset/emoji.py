@@ -8,7 +8,6 @@ as they repeat the same picture. Transparent pixels stay so.
 """
 
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +16,10 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, features
 
-from dataset.fashion_mnist import unpacked
+from dataset.fashion_mnist import from_apt
 from utils import cli
 from utils.cli import InputError
-from utils.files import check_folder, file_lock
+from utils.files import atomic_folder, check_folder, file_lock
 from utils.log import progress
 from utils.settings import ExistingFile, PositiveInt, Settings, setting
 
@@ -59,15 +58,13 @@ def read_list(path: Path) -> list[Emoji]:
 @contextmanager
 def sources(font: Path | None, listing: Path | None) -> Iterator[tuple[Path, Path]]:
     """The font and the list: given, installed, or from Debian's packages. Raises InputError where they cannot be had."""
-    found = [given or installed for given, installed in ((font, FONT), (listing, LIST))]
+    found = [font or FONT, listing or LIST]
     with tempfile.TemporaryDirectory() as temporary:
-        for i, (package, installed) in enumerate(zip(PACKAGES, (FONT, LIST), strict=True)):
+        for i, package in enumerate(PACKAGES):
             if not found[i].is_file():
                 print(f"getting {package}: from apt", flush=True)
-                unpacked(package, Path(temporary))
-                found[i] = Path(temporary) / installed.relative_to("/")
-        for package, path in zip(PACKAGES, found, strict=True):
-            if not path.is_file():
+                found[i] = from_apt(package, found[i], Path(temporary))
+            if not found[i].is_file():
                 raise InputError(
                     f"Debian's package {package} cannot be had here: give --font and --list, where they are at hand"
                 )
@@ -92,18 +89,16 @@ def write_images(out: Path, font_path: Path, emoji: list[Emoji], size: int) -> i
         font = ImageFont.truetype(str(font_path), STRIKE, layout_engine=ImageFont.Layout.RAQM)
     except OSError as error:
         raise InputError(f"{font_path} cannot be read as a font with bitmaps of {STRIKE} px ({error})") from None
-    unfinished, number = out.with_name(f".{out.name}.part"), 0
-    shutil.rmtree(unfinished, ignore_errors=True)
-    for item in progress(emoji, desc="drawing", unit=" emoji"):
-        image = draw(font, item.text, size)
-        if image is not None:
-            path = unfinished / item.group / f"{item.name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path)
-            number += 1
-    if not number:
-        raise InputError(f"{font_path} draws none of these emoji")
-    unfinished.rename(out)
+    number = 0
+    with atomic_folder(out) as unfinished:
+        for item in progress(emoji, desc="drawing", unit=" emoji"):
+            image = draw(font, item.text, size)
+            if image is not None:
+                (unfinished / item.group).mkdir(exist_ok=True)
+                image.save(unfinished / item.group / f"{item.name}.png")
+                number += 1
+        if not number:
+            raise InputError(f"{font_path} draws none of these emoji")
     return number
 
 
@@ -122,11 +117,9 @@ def main() -> None:
     if s.size > 1024:
         raise InputError(f"--size {s.size}: expected at most 1024, as the font's bitmaps have {BOX[1]} px")
     with file_lock(out):
-        if out.is_dir():
-            if any(out.iterdir()):
-                print(f"{out} is there already")
-                return
-            out.rmdir()
+        if out.is_dir() and any(out.iterdir()):
+            print(f"{out} is there already")
+            return
         with sources(s.font, s.list) as (font, listing):
             number = write_images(out, font, read_list(listing), s.size)
         print(f"wrote {out}: {number} images")

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from PIL import Image
 
 from utils import cli
 from utils.cli import InputError
-from utils.files import check_folder, file_lock
+from utils.files import atomic_folder, check_folder, file_lock
 from utils.log import progress
 from utils.settings import ExistingFolder, PositiveInt, Settings, setting
 
@@ -32,68 +32,55 @@ CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot",
 )  # fmt: skip
 SPLITS = {"train": ("train", 60000), "test": ("t10k", 10000)}  # our name: the files' prefix, images
-WANTED = "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz and the two t10k files"
+FILES = tuple(f"{prefix}-{kind}-ubyte.gz" for prefix, _ in SPLITS.values() for kind in ("images-idx3", "labels-idx1"))
 PAD = 2  # 28 px become 32
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """A gzipped IDX file of bytes: magic (0, 0, 8, dimensions), big-endian sizes, data. InputError for anything else."""
+def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The uint8 array of a gzipped IDX file: magic (0, 0, 8, dimensions), big-endian sizes, data. InputError for another."""
     try:
         data = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} is truncated or not gzip ({error}): get it again") from None
-    dimensions = data[3] if data[:3] == b"\0\0\x08" and len(data) > 3 else 0
-    shape = tuple(np.frombuffer(data, ">i4", dimensions, 4)) if len(data) >= 4 + 4 * dimensions else ()
-    body = np.frombuffer(data, np.uint8, offset=min(len(data), 4 + 4 * dimensions))
-    if not shape or body.size != np.prod(shape, dtype=np.int64):
-        raise InputError(f"{path} is not an IDX file of bytes, or is cut short: get it again")
-    return body.reshape(shape)
+    header = bytes((0, 0, 8, len(shape))) + np.array(shape, ">i4").tobytes()
+    if not data.startswith(header) or len(data) != len(header) + np.prod(shape):
+        raise InputError(
+            f"{path} is not an IDX file of bytes, or is cut short: expected {shape}; this is not Fashion-MNIST"
+        )
+    return np.frombuffer(data, np.uint8, offset=len(header)).reshape(shape)
 
 
 def read_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, 32, 32) uint8, padded with black, and labels (N,) of a split from the IDX files in a folder."""
-    prefix, wanted = SPLITS[split]
-    images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")
-    labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz")
-    if images.shape != (wanted, 28, 28) or labels.shape != (wanted,):
-        raise InputError(
-            f"{folder}: {split} has images of {images.shape} and labels of {labels.shape}, "
-            f"expected {(wanted, 28, 28)} and {(wanted,)}: this is not Fashion-MNIST"
-        )
+    prefix, n = SPLITS[split]
+    images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", (n, 28, 28))
+    labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", (n,))
     return np.pad(images, ((0, 0), (PAD, PAD), (PAD, PAD))), labels
 
 
 def has_files(folder: Path) -> bool:
     """Whether the four IDX files are there."""
-    kinds = ("images-idx3", "labels-idx1")
-    return all((folder / f"{prefix}-{kind}-ubyte.gz").is_file() for prefix, _ in SPLITS.values() for kind in kinds)
+    return all((folder / name).is_file() for name in FILES)
 
 
-def unpacked(package: str, folder: Path) -> Path | None:
-    """The folder, with the files of Debian's package, fetched by apt; None where that does not work."""
-    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        return None
+def from_apt(package: str, installed: Path, folder: Path) -> Path:
+    """What Debian's package would install there, fetched by apt into a folder; missing where that does not work."""
 
     def call(*command: str) -> bool:
         done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, check=False)
         return done.returncode == 0
 
-    fetch = ("apt-get", "download", "-q", package)
-    if not call(*fetch) and not (os.geteuid() == 0 and call("apt-get", "update", "-q") and call(*fetch)):
-        return None
-    for file in folder.glob(f"{package}_*.deb"):
-        call("dpkg-deb", "-x", str(file), str(folder))
-    return folder
+    if shutil.which("apt-get") and shutil.which("dpkg-deb"):
+        fetch = ("apt-get", "download", "-q", package)
+        if not call(*fetch) and os.geteuid() == 0 and call("apt-get", "update", "-q"):
+            call(*fetch)
+        for file in folder.glob(f"{package}_*.deb"):
+            call("dpkg-deb", "-x", str(file), str(folder))
+    return folder / installed.relative_to("/")
 
 
-def from_apt(folder: Path) -> Path | None:
-    """The files of Debian's package; None where it cannot be had."""
-    found = unpacked(PACKAGE, folder)
-    return found and found / INSTALLED.relative_to("/")
-
-
-def from_torchvision(folder: Path) -> Path | None:
-    """torchvision's download; None, with its reason on stderr, where that does not work."""
+def from_torchvision(folder: Path) -> Path:
+    """torchvision's download; missing, with the reason on stderr, where that does not work."""
     from torchvision.datasets import FashionMNIST
 
     try:
@@ -104,38 +91,40 @@ def from_torchvision(folder: Path) -> Path | None:
 
 
 @contextmanager
-def files(source: Path | None, getters: tuple[Callable, ...] = (from_apt, from_torchvision)) -> Iterator[Path]:
-    """A folder with the four IDX files: `source` if given, the installed package, or what the first getter brings."""
-    if source or has_files(INSTALLED):
-        if source and not has_files(source):
-            raise InputError(f"--source {source} lacks some of {WANTED}")
-        yield source or INSTALLED
-        return
+def files(source: Path | None) -> Iterator[Path]:
+    """A folder with the four IDX files: `source` if given, the installed package, or what can be had."""
+    wanted = f"{', '.join(FILES[:-1])} and {FILES[-1]}"
+    if source and not has_files(source):
+        raise InputError(f"--source {source} lacks some of {wanted}")
     with tempfile.TemporaryDirectory() as temporary:
-        for getter in getters:
-            print(f"getting Fashion-MNIST: {getter.__name__.replace('_', ' ')}", flush=True)
-            folder = getter(Path(temporary))
-            if folder and has_files(folder):
-                yield folder
-                return
-        raise InputError(
-            f"Fashion-MNIST cannot be had here: install Debian's package {PACKAGE}, or give --source a folder with {WANTED}"
-        )
+        folder = source or INSTALLED
+        if not has_files(folder):
+            print("getting Fashion-MNIST: from apt", flush=True)
+            folder = from_apt(PACKAGE, INSTALLED, Path(temporary))
+        if not has_files(folder):
+            print("getting Fashion-MNIST: from torchvision", flush=True)
+            folder = from_torchvision(Path(temporary))
+        if not has_files(folder):
+            raise InputError(
+                f"Fashion-MNIST cannot be had here: install Debian's package {PACKAGE}, or give --source a folder with {wanted}"
+            )
+        yield folder
 
 
 def write_split(out: Path, split: str, images: np.ndarray, labels: np.ndarray, limit: int | None) -> None:
     """OUT/SPLIT/CLASS/00000.png, at most `limit` images a class; the split appears when it is whole."""
-    unfinished = out / f".{split}.part"
-    shutil.rmtree(unfinished, ignore_errors=True)
     numbers = [np.flatnonzero(labels == label)[:limit] for label in range(len(CLASSES))]
-    with progress(total=sum(map(len, numbers)), desc=f"writing {split}", unit=" images") as bar:
+    total = sum(map(len, numbers))
+    with (
+        atomic_folder(out / split) as unfinished,
+        progress(total=total, desc=f"writing {split}", unit=" images") as bar,
+    ):
         for name, chosen in zip(CLASSES, numbers, strict=True):
-            folder = unfinished / name
-            folder.mkdir(parents=True)
+            (unfinished / name).mkdir()
             for i in chosen:
-                Image.fromarray(images[i]).convert("RGB").save(folder / f"{i:05d}.png", compress_level=1)
+                image = Image.fromarray(images[i]).convert("RGB")
+                image.save(unfinished / name / f"{i:05d}.png", compress_level=1)
                 bar.update()
-    unfinished.rename(out / split)
 
 
 class FashionMnistSettings(Settings):

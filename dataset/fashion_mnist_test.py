@@ -57,43 +57,39 @@ def test_a_split_that_was_cut_off_is_written_anew(source, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
-def test_the_getters_are_tried_in_turn(source, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fashion_mnist, "INSTALLED", tmp_path / "nowhere")
-
-    def fails(folder):
-        return None
-
-    def brings(folder):
-        return source
-
-    with fashion_mnist.files(None, (fails, brings)) as folder:
+def test_what_can_be_had_is_tried_in_turn(source, tmp_path, monkeypatch, capsys):
+    missing = tmp_path / "nowhere"
+    monkeypatch.setattr(fashion_mnist, "INSTALLED", missing)
+    monkeypatch.setattr(fashion_mnist, "from_apt", lambda *_: missing)
+    monkeypatch.setattr(fashion_mnist, "from_torchvision", lambda _: source)
+    with fashion_mnist.files(None) as folder:
         assert folder == source
-    assert capsys.readouterr().out.splitlines() == ["getting Fashion-MNIST: fails", "getting Fashion-MNIST: brings"]
-    with pytest.raises(InputError, match="cannot be had here: install Debian's package"), fashion_mnist.files(None, ()):
+    said = "getting Fashion-MNIST: from apt\ngetting Fashion-MNIST: from torchvision\n"
+    assert capsys.readouterr().out == said
+    monkeypatch.setattr(fashion_mnist, "from_torchvision", lambda _: missing)
+    with pytest.raises(InputError, match="cannot be had here: install Debian's package"), fashion_mnist.files(None):
         pass
     monkeypatch.setattr(fashion_mnist, "INSTALLED", source)
-    with fashion_mnist.files(None, (fails,)) as folder:
+    with fashion_mnist.files(None) as folder:
         assert folder == source
 
 
 def test_wrong_files(source, tmp_path):
     assert_refused(run_script(SCRIPT, tmp_path / "out", "--source", tmp_path / "nowhere"), "there is no folder")
     assert_refused(run_script(SCRIPT, tmp_path / "out", "--source", tmp_path), "lacks some of train-images-idx3")
-    cut = tmp_path / "cut.gz"
-    cut.write_bytes((source / "t10k-images-idx3-ubyte.gz").read_bytes()[:-20])
-    with pytest.raises(InputError, match="truncated or not gzip"):
-        fashion_mnist.read_idx(cut)
-    damaged = bytearray((source / "t10k-labels-idx1-ubyte.gz").read_bytes())
+    path = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    good = (source / path.name).read_bytes()
+    damaged = bytearray(good)
     damaged[12] ^= 0xFF
-    cut.write_bytes(damaged)
-    with pytest.raises(InputError, match="truncated or not gzip"):
-        fashion_mnist.read_idx(cut)
+    for content in (good[:-20], bytes(damaged)):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="truncated or not gzip"):
+            fashion_mnist.read_idx(path, (10000,))
     for content in (b"", b"\0\0\x08", b"\0\0\x08\x01\0\0", b"\0\0\x08\x01\0\0\0\x05abc", b"\0\0\x0d\x01\0\0\0\0"):
-        cut.write_bytes(gzip.compress(content))
+        path.write_bytes(gzip.compress(content))
         with pytest.raises(InputError, match="not an IDX file of bytes, or is cut short"):
-            fashion_mnist.read_idx(cut)
+            fashion_mnist.read_idx(path, (5,))
     write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", np.zeros((5, 28, 28), np.uint8))
-    write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", np.zeros(5, np.uint8))
     with pytest.raises(InputError, match="this is not Fashion-MNIST"):
         fashion_mnist.read_split(tmp_path, "test")
 

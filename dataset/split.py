@@ -21,12 +21,11 @@ def held_out(names: Sequence[str], labels: np.ndarray, share: float, most: int) 
     """
     share = min(share, most / len(names))
     chosen = np.zeros(len(names), bool)
-    ranks = np.array([hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:8] for name in names], "S8")
-    numbers = np.frombuffer(ranks.tobytes(), ">u8") if len(names) else np.empty(0, np.uint64)
+    hashes = [hashlib.sha256(name.encode(errors="surrogateescape")).digest() for name in names]
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         n = min(len(members) - 1, max(1, round(share * len(members))))
-        chosen[members[np.argsort(numbers[members], kind="stable")[:n]]] = True
+        chosen[sorted(members, key=hashes.__getitem__)[:n]] = True
     return chosen
 
 

@@ -48,6 +48,19 @@ def atomic_path(path: str | Path, sync: bool = True) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Give an empty folder beside `folder`, which must be missing or empty; it takes that name when the block succeeds."""
+    unfinished = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)  # what a killed process left
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.replace(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def remove_remains(folder: Path, path: Path | None = None) -> None:
     """Remove temporary files in a folder (of `path` alone, if given) whose process on this machine has ended."""
     start = f".{path.stem}." if path else "."
