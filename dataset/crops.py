@@ -151,11 +151,3 @@ def cut_views(crops_NHWC: Tensor, size: int, mode: str) -> Tensor:
     middle = round(end / 2)  # half to even, as torchvision's
     corners = ((0, 0), (0, end), (end, 0), (end, end), (middle, middle))
     return torch.stack([crops[:, top : top + size, left : left + size] for crops in both for top, left in corners], 1)
-
-
-def load_image(path: str | Path, size: int) -> np.ndarray:
-    """The centre crop of an image file: uint8 (size, size, 3). Raises InputError for one that cannot be read."""
-    try:
-        return center_crop(decode(path), size)
-    except Unreadable as error:
-        raise InputError(f"{path} cannot be read as an image ({error}): replace or delete it") from None

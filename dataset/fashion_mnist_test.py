@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dataset import fashion_mnist
-from dataset.crops import load_image
+from dataset.crops import center_crop, decode
 from dataset.images import ImageFolder
 from utils.cli import InputError
 from utils.testing import assert_refused, run_script
@@ -42,7 +42,7 @@ def test_what_is_written(source, tmp_path):
         assert folder.classes == sorted(fashion_mnist.CLASSES)
         image = Image.open(tmp_path / split / "sneaker" / "00017.png")
         assert (image.size, image.mode) == ((32, 32), "RGB")
-    pixels = load_image(tmp_path / "test" / "sneaker" / "00017.png", 32)
+    pixels = center_crop(decode(tmp_path / "test" / "sneaker" / "00017.png"), 32)
     assert (pixels[2:-2, 2:-2] == 17).all()
     assert pixels.astype(int).sum() == 17 * 28 * 28 * 3
     again = run_script(SCRIPT, tmp_path, "--source", source, "--limit", 3)

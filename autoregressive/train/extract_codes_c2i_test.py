@@ -19,7 +19,7 @@ from dataset import images as images_module
 from dataset.codes import Codes, Writer
 from dataset.codes import __main__ as codes_command
 from dataset.codes.toy import files, unfinish
-from dataset.crops import VIEWS, cut_views, load_image
+from dataset.crops import VIEWS, center_crop, cut_views, decode
 from dataset.images import ImageFolder
 from tokenizer.tokenizer_image.vq_model import PRESETS, Tokenizer, VQModel, preset
 from utils import checkpoint, cli
@@ -77,7 +77,7 @@ def arguments(images, vq_ckpt, code_path, *flags) -> tuple:
 def views_of(path, size: int, mode: str, crop_range: float = 1.1) -> torch.Tensor:
     """(views, size, size, 3) uint8."""
     side = int(size * crop_range) if mode == "ten-crop" else size
-    return cut_views(torch.from_numpy(load_image(path, side))[None], size, mode)[0]
+    return cut_views(torch.from_numpy(center_crop(decode(path), side))[None], size, mode)[0]
 
 
 def one_by_one(images, vq_ckpt, mode: str, crop_range: float = 1.1) -> np.ndarray:

@@ -7,6 +7,7 @@ from PIL import Image
 
 from dataset.codes import Place, survey
 from dataset.codes.folders import open_folder
+from dataset.codes.repack_test import published
 from dataset.codes.toy import CLASSES, write_codes
 from tokenizer.tokenizer_image.vq_model import VQModel, preset
 from utils import checkpoint
@@ -14,15 +15,12 @@ from utils.draw import image_grid
 from utils.pixels import to_uint8
 from utils.testing import fill_by_formula
 
-BOTH = pytest.mark.parametrize("layout", ["packed", "per-image"])
-
 
 @pytest.fixture
 def check(command):
     return lambda *arguments: command("check", *arguments)
 
 
-@BOTH
 def test_good_codes(tmp_path, check, layout):
     codes = np.random.default_rng(0).integers(100, 300, size=(23, 2, 16))
     codes[5] = codes[4]
@@ -55,7 +53,6 @@ def test_perplexity_and_counts_do_not_depend_on_how_much_is_read_at_once(tmp_pat
     assert survey.survey(folder, 4, show=False).lines() == whole.lines()
 
 
-@BOTH
 def test_codes_and_labels_out_of_range_are_found(tmp_path, check, layout, monkeypatch):
     monkeypatch.setattr(survey, "CODES_AT_ONCE", 4 * 2 * 16)
     codes = np.random.default_rng(0).integers(300, size=(23, 2, 16))
@@ -72,7 +69,6 @@ def test_codes_and_labels_out_of_range_are_found(tmp_path, check, layout, monkey
     assert "at most" in check(tmp_path, "--codebook-size", 2**31 - 1)[2][0]
 
 
-@BOTH
 def test_sick_codes_are_found(tmp_path, check, layout):
     """What a tokenizer that is not finite makes of any image: one code everywhere."""
     for code in (0, 7):
@@ -84,7 +80,6 @@ def test_sick_codes_are_found(tmp_path, check, layout):
     assert status == 1 and "all 23 images have the same codes" in wrong
 
 
-@BOTH
 def test_altered_bytes_and_skipped_images_are_told(tmp_path, check, layout):
     write_codes(tmp_path, layout, skipped=[4, 5])
     status, out, _ = check(tmp_path)
@@ -100,10 +95,9 @@ def test_altered_bytes_and_skipped_images_are_told(tmp_path, check, layout):
 
 
 def test_gaps_and_damage_of_published_codes_are_told(tmp_path, check):
-    write_codes(tmp_path, "per-image")
+    published(tmp_path)
     for folder in ("toy32_codes", "toy32_labels"):
         (tmp_path / folder / "12.npy").unlink()
-    (tmp_path / "toy32.json").unlink()
     status, out, _ = check(tmp_path)
     assert status == 0
     assert "0 to 22, with gaps" in out and "no manifest" in out
@@ -151,8 +145,7 @@ def test_all_views_of_an_image_stand_in_a_row(tmp_path, check, tokenizer_file):
 
 def test_a_row_is_a_class(tmp_path, check, tokenizer_file):
     path, model = tokenizer_file
-    codes, labels = write_codes(tmp_path, "per-image", views=1, images=40)
-    (tmp_path / "toy32.json").unlink()
+    codes, labels = published(tmp_path, views=1, images=40)
     out = tmp_path / "codes.png"
     status, *_ = check(tmp_path, "--vq-ckpt", path, "--out", out, "--rows", 2, "--columns", 2, "--codebook-size", 512)
     assert status == 0

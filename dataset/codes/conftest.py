@@ -1,9 +1,14 @@
-"""`command(...)` runs `python -m dataset.codes ...` in this process."""
+"""`layout` is each layout in turn; `command(...)` runs `python -m dataset.codes ...` in this process."""
 
 import pytest
 
-from dataset.codes import __main__
+from dataset.codes import LAYOUTS, __main__
 from utils import cli
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request) -> str:
+    return request.param
 
 
 @pytest.fixture

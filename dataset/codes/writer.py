@@ -28,7 +28,7 @@ class Writer:
 
     A shard is complete when its files have the bytes that were recorded after them, so a run that was killed at any moment
     is completed by the same calls. before: the manifest of finished work. Raises InputError if the place holds codes of
-    other settings or something else, and for a file that cannot be written.
+    other settings or something else, and OSError for a file that cannot be written.
     """
 
     def __init__(self, place: Place, manifest: Manifest) -> None:
@@ -46,10 +46,7 @@ class Writer:
 
     def start(self) -> None:
         """Record the settings, so that a later run can tell whether it resumes this one; remove what a kill left."""
-        try:
-            self.manifest.write(self.place.unfinished)
-        except OSError as error:
-            raise InputError(f"cannot write to {self.place.root} ({error.strerror or error})") from None
+        self.manifest.write(self.place.unfinished)
         for folder in (self.place.codes, self.place.labels, self.place.records):
             remove_remains(folder)
         for path in (self.place.manifest, self.place.unfinished):
@@ -72,17 +69,13 @@ class Writer:
         record = self._record(shard)
         if record is None:
             return False
-        numbers, layout = self._numbers(shard, record.skipped), self.manifest.layout
         try:
-            if record.sha256:
-                whole = shard_digest(self.place, layout, numbers) == record.sha256
-            else:
-                whole = all(path.is_file() for number in numbers for path in self.place.files(number, layout))
+            digest = shard_digest(self.place, self.manifest.layout, self._numbers(shard, record.skipped))
         except OSError:
             return False
-        if whole:
+        if record.sha256 in ("", digest):
             self._checked.add(shard)
-        return whole
+        return shard in self._checked
 
     def check_space(self, shards: int) -> None:
         """Raise InputError if so many shards do not fit on the disk."""
@@ -110,11 +103,7 @@ class Writer:
             for path in self.place.files(gap["image"], m.layout):
                 path.unlink(missing_ok=True)
         record = ShardRecord(sha256=shard_digest(self.place, m.layout, numbers), skipped=list(skipped), max=largest)
-        path = self.place.records / f"{shard:05d}.json"
-        try:
-            record.write(path)
-        except OSError as error:
-            raise InputError(f"cannot write {path} ({error.strerror or error})") from None
+        record.write(self.place.records / f"{shard:05d}.json")
         self._checked.add(shard)
 
     def read(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
@@ -182,8 +171,5 @@ class Writer:
         for path, array in zip(self.place.files(number, layout), (codes, labels), strict=True):
             content = BytesIO()  # written by Python, because numpy does not notice that a small file did not fit
             np.save(content, array)
-            try:
-                with atomic_path(path, sync=layout == "packed") as temporary:
-                    temporary.write_bytes(content.getbuffer())
-            except OSError as error:
-                raise InputError(f"cannot write {path} ({error.strerror or error}); is the disk full?") from None
+            with atomic_path(path, sync=layout == "packed") as temporary:
+                temporary.write_bytes(content.getbuffer())

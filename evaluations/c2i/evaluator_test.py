@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.crops import load_image
+from dataset.crops import center_crop, decode
 from evaluations.c2i import checks, evaluator, report
 from evaluations.c2i.classifier import Classifier, fused
 from evaluations.c2i.inception import load_inception
@@ -58,7 +58,7 @@ def made(tmp_path_factory):
     ):  # fmt: skip
         result = run_script(*command)
         assert result.returncode == 0, result.stderr
-    images = [load_image(path, 16) for path in sorted(val.rglob("*.png"))]
+    images = [center_crop(decode(path), 16) for path in sorted(val.rglob("*.png"))]
     samples.write(root / "val.npz", [np.stack(images)], (60, 16, 16, 3), np.arange(60) // 20)
     return root
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.crops import load_image
+from dataset.crops import center_crop, decode
 from evaluations.c2i import reference
 from utils.cli import InputError
 from utils.files import file_lock
@@ -45,7 +45,7 @@ def test_evenly_spaced_centre_crops(images, tmp_path, run):
     batch = Samples(out)
     assert batch.shape == (12, 16, 16, 3)
     assert np.array_equal(batch.labels, np.arange(12) // 4)
-    expected = np.stack([load_image(path, 16) for path in sorted(images.rglob("*.png"))[::2]])
+    expected = np.stack([center_crop(decode(path), 16) for path in sorted(images.rglob("*.png"))[::2]])
     assert np.array_equal(np.concatenate(list(batch.batches(5))), expected)
     record = json.loads((tmp_path / "ref.json").read_text())
     assert (record["images"], record["of"], record["data_path"]) == (12, 24, str(images))

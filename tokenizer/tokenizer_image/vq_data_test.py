@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.crops import load_image, random_crop
+from dataset.crops import center_crop, decode, random_crop
 from dataset.images import ImageFolder
 from dataset.sampler import Selection
 from tokenizer.tokenizer_image import vq_data
@@ -39,7 +39,7 @@ def test_cached_and_read_batches_are_the_same(root, monkeypatch, capsys, workers
     read = vq_data.batches_of(folder, 8, workers, False)
     for batches in (cached, list(read(iter(selections()))), list(read(iter(selections())))):
         for batch, images, views in zip(batches, ([0, 0, 4], [1, 2, 5]), ([0, 1, 0], [1, 1, 0]), strict=True):
-            crops = [load_image(folder.paths[i], 8) for i in images]
+            crops = [center_crop(decode(folder.paths[i]), 8) for i in images]
             expected = [crop[:, ::-1] if view else crop for crop, view in zip(crops, views, strict=True)]
             assert batch.equal(torch.from_numpy(np.stack(expected)))
     said = capsys.readouterr().err
@@ -60,7 +60,7 @@ def test_random_crops(root, workers):
     for image, row, mirrored in ((6, 0, False), (0, 1, True)):
         expected = random_crop(folder.read(image), 6, places(np.array([image]))[0])
         assert batch[row].equal(torch.from_numpy(expected[:, ::-1].copy() if mirrored else expected))
-    assert batch[2].equal(torch.from_numpy(load_image(folder.paths[4], 6)))
+    assert batch[2].equal(torch.from_numpy(center_crop(decode(folder.paths[4]), 6)))
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
