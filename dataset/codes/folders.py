@@ -48,15 +48,13 @@ class Packed:
         self.labels = np.concatenate(all_labels).astype(np.int64, copy=False)
         self.images, self.numbers = len(self.labels), source.numbers if source else manifest.numbers
 
-    def gather(self, indices: np.ndarray, views: np.ndarray) -> np.ndarray:
-        """Codes (B, tokens) int64 of these images and views."""
+    def gather(self, indices: np.ndarray, views: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
+        """Write the codes of these images and views into the rows `at` of out (B, tokens)."""
         shards = self._shard_of(indices)
         rows = (indices - self.manifest.starts[shards]) * self.views + views
-        codes = np.empty((len(indices), self.tokens), np.int64)
         table = self._shards
-        for out, shard, row in zip(codes, shards.tolist(), rows.tolist(), strict=True):
-            out[:] = table[shard][row]
-        return codes
+        for i, shard, row in zip(at.tolist(), shards.tolist(), rows.tolist(), strict=True):
+            out[i] = table[shard][row]
 
     def read(self, rows: range) -> tuple[np.ndarray, np.ndarray]:
         """Codes (n, views, tokens) and labels (n,) of consecutive images."""

@@ -137,8 +137,8 @@ class Place:
         self.name = f"{dataset}{image_size}"
         self.codes, self.labels = self.root / f"{self.name}_codes", self.root / f"{self.name}_labels"
         self.manifest = self.root / f"{self.name}.json"
-        self.unfinished = self.root / f"{self.name}.unfinished.json"  # the manifest of work under way, and
         self.packed = self.root / f"{self.name}_packed"  # the folder of a published folder's packed copy
+        self.unfinished = self.root / f"{self.name}.unfinished.json"  # the manifest of work under way, and
         self.records = self.root / f"{self.name}.unfinished"  # `{shard}.json` for each shard that it has finished
 
     def files(self, number: int, layout: str) -> tuple[Path, Path]:

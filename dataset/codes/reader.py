@@ -4,7 +4,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,7 @@ class Codes:
         self.views = sum(source.views for source in self.sources)
         self.manifest = next((source.manifest for source in self.sources if source.manifest), None)
         self.vocab = 0  # of the model, once check_range has been told
-        self._ends = np.array(list(accumulate(source.views for source in self.sources)))
+        self._ends = np.cumsum([source.views for source in self.sources])
 
     @cached_property
     def folders(self) -> list[Packed]:
@@ -78,15 +77,11 @@ class Codes:
             raise ValueError(f"{len(indices)} images, {len(views)} views: expected a view for each image")
         _check_range("image", indices, self.images)
         _check_range("view", views, self.views)
-        if len(self.folders) == 1:
-            codes = self.folders[0].gather(indices, views)
-        else:
-            codes = np.empty((len(indices), self.tokens), np.int64)
-            which = np.searchsorted(self._ends, views, side="right")
-            for number, folder in enumerate(self.folders):
-                rows = np.flatnonzero(which == number)
-                first = self._ends[number] - folder.views
-                codes[rows] = folder.gather(indices[rows], views[rows] - first)
+        codes = np.empty((len(indices), self.tokens), np.int64)
+        for folder, end in zip(self.folders, self._ends, strict=True):
+            first = end - folder.views
+            at = np.flatnonzero((views >= first) & (views < end))
+            folder.gather(indices[at], views[at] - first, codes, at)
         if self.vocab and len(codes) and codes.max() >= self.vocab:
             row, position = np.argwhere(codes >= self.vocab)[0]
             folder = self.folders[int(np.searchsorted(self._ends, views[row], side="right"))]
