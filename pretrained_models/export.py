@@ -7,7 +7,6 @@ model.safetensors, README.md with the recipe and what was measured. Names are Ll
 """
 
 import json
-import shutil
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing_extensions import Self
 
 from pretrained_models.catalogue import WeightsFile
 from utils import checkpoint, cli
-from utils.files import check_folder, check_output, file_lock
+from utils.files import atomic_folder, check_folder, check_output, file_lock
 from utils.log import read_metrics
 from utils.settings import ExistingFile, Settings, one_of, setting
 
@@ -118,14 +117,9 @@ def card(
 def write_folder(folder: Path, state: Mapping[str, Tensor], about: Mapping[str, Any], card: str) -> None:
     """Write a folder for the Hub, which appears whole or not at all. Raises InputError if it is there already."""
     check_new(folder)
-    unfinished = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
+    with atomic_folder(folder) as unfinished:
         checkpoint.save_folder(unfinished, state, about)
         (unfinished / "README.md").write_text(card)
-        unfinished.replace(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def check_new(folder: Path) -> None:

@@ -13,14 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from utils.cli import InputError
+from utils.cli import InputError, note
 
 HOST = re.sub(r"[^\w-]", "-", socket.gethostname()) or "host"
+LONGEST_WAIT = 12 * 3600  # seconds for what another process makes
 PART = re.compile(r"\..+\.(?P<host>[\w-]+)-(?P<pid>\d+)\.part(\..+)?")
-
-
-class InUse(InputError):
-    """Another process holds the lock."""
 
 
 @contextmanager
@@ -137,19 +134,26 @@ def check_space(folder: str | Path, needed: int, reclaimed: int = 0) -> None:
 def hold(path: Path, of: str, advice: str = "wait for it, or give another folder", wait: bool = False) -> TextIO:
     """Take the lock file `path`, for as long as the returned file is open and this process lives.
 
-    of: what is locked, for the message. Raises InputError, which says who holds it, if another process does; wait: until it
-    lets go instead. On a file system without locks nothing is locked.
+    of: what is locked, for the message. Raises InputError, which says who holds it, if another process does; wait: only if it
+    still does after LONGEST_WAIT. On a file system without locks nothing is locked.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    start, said = time.monotonic(), False
     while True:
         file = open(path, "a+")  # noqa: SIM115 (held by the caller)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = " ".join(file.read(200).split()) or "another process"
             file.close()
-            raise InUse(f"{of} is in use by {holder}: {advice}") from None
+            if not wait or time.monotonic() - start > LONGEST_WAIT:
+                raise InputError(f"{of} is in use by {holder}: {advice}") from None
+            if not said:
+                note(f"{of} is being made by {holder}: waiting for it")
+                said = True
+            time.sleep(0.2)
+            continue
         except OSError:  # a file system without locks
             pass
         with suppress(OSError):

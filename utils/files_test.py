@@ -3,10 +3,12 @@
 import errno
 import hashlib
 import json
+import threading
 
 import pytest
 
-from utils.files import atomic_path, sha256, write_json
+from utils.cli import InputError
+from utils.files import atomic_path, file_lock, sha256, write_json
 
 
 def test_a_file_appears_when_the_block_ends_and_not_before(tmp_path):
@@ -75,3 +77,25 @@ def test_sha256_of_a_folder_is_that_of_names_and_contents(tmp_path):
     assert a == b != c
     (tmp_path / "b" / "x").write_bytes(b"3")
     assert sha256(tmp_path / "b") != a
+
+
+def test_one_waits_for_what_another_makes_but_not_for_ever(tmp_path, monkeypatch, capsys):
+    path, order, waiting = tmp_path / "made", [], threading.Event()
+    monkeypatch.setattr("utils.files.time.sleep", lambda seconds: waiting.set())
+
+    def wait() -> None:
+        with file_lock(path, wait=True):
+            order.append("second")
+
+    second = threading.Thread(target=wait)
+    with file_lock(path):
+        second.start()
+        assert waiting.wait(60)
+        order.append("first")
+    second.join(60)
+    assert order == ["first", "second"]
+    err = capsys.readouterr().err
+    assert err.count("made is being made by process") == 1 and "waiting for it" in err
+    monkeypatch.setattr("utils.files.LONGEST_WAIT", -1)
+    with file_lock(path), pytest.raises(InputError, match="made is in use by process"), file_lock(path, wait=True):
+        pass

@@ -241,7 +241,7 @@ def extract(
 ) -> None:
     """Write each shard by the writers that lack it, in another thread, while the next one is read and encoded.
 
-    Raises InputError for an image that is unreadable where the folder is strict, and for a file that cannot be written.
+    Raises InputError for an image that is unreadable where the folder is strict, OSError for a file that cannot be written.
     """
     requests = {shard: requests_of(shard, writers, encoder.batch_size) for shard, writers in missing.items()}
     flat = list(chain.from_iterable(requests.values()))

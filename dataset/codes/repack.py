@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ from dataset.codes.folders import Folder, Packed, PerImage, alteration
 from dataset.codes.manifest import FORMAT, Manifest, Place, read_manifest
 from dataset.codes.writer import Writer
 from utils.cli import InputError, note
-from utils.files import InUse, check_folder, file_lock
+from utils.files import check_folder, file_lock
 from utils.log import progress
 from utils.settings import LARGEST
 
@@ -137,15 +136,10 @@ def packed_form(source: Folder) -> Packed:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         root = cache / "next-patch-prediction" / f"{root.name}-{source.state}"
     copy = Place(check_folder(root), place.dataset, place.image_size)
-    said = False
-    while not (packed := _open_copy(copy, source)):
-        with suppress(InUse), file_lock(copy.manifest):
-            return _open_copy(copy, source) or _make_copy(copy, source)
-        if not said:
-            note(f"{copy.root} is being packed by another process: waiting for it")
-            said = True
-        time.sleep(0.5)
-    return packed
+    if packed := _open_copy(copy, source):
+        return packed
+    with file_lock(copy.manifest, wait=True):
+        return _open_copy(copy, source) or _make_copy(copy, source)
 
 
 def _open_copy(copy: Place, source: PerImage) -> Packed | None:
