@@ -13,12 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the modules of this clone, whatever else is installed
 
-import re
-import shutil
-import zipfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -34,6 +31,7 @@ from utils.distributed import World, join_world, precision_dtype
 from utils.draw import save_image
 from utils.files import check_folder, check_space, file_lock, sha256
 from utils.log import progress
+from utils.parts import Parts, is_whole
 from utils.records import Record
 from utils.settings import AtLeastOne, PositiveInt, Seed, differences, setting
 
@@ -135,48 +133,9 @@ def holds(path: Path, labels: np.ndarray, size: int) -> bool:
         file = samples.Samples(path)
         if file.shape != (len(labels), size, size, 3) or not np.array_equal(file.labels, labels):
             return False
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (cli.InputError, OSError, zipfile.BadZipFile):
+        return is_whole(path)
+    except (cli.InputError, OSError):
         return False
-
-
-class Parts:
-    """Images drawn so far, in samples files beside the .npz-to-be, each named after the images in it: first and stop."""
-
-    def __init__(self, out: Path, labels: np.ndarray, size: int) -> None:
-        self.folder, self.labels, self.size = out.with_suffix(".parts"), labels, size
-
-    def present(self) -> list[tuple[int, int, Path]]:
-        """(first, stop, path) of each file, in order."""
-        chain, at = [], 0
-        for path in sorted(self.folder.glob("*.npz")):
-            if match := re.fullmatch("([0-9]+)-([0-9]+)", path.stem):
-                first, stop = map(int, match.groups())
-                if at <= first < stop <= len(self.labels):
-                    chain.append((first, stop, path))
-                    at = stop
-        return chain
-
-    def missing(self, batch: int) -> list[range]:
-        """The images that are not present, in ranges of at most `batch`; files that are damaged are removed first."""
-        for first, stop, path in self.present():
-            if not holds(path, self.labels[first:stop], self.size):
-                cli.note(f"{path} is damaged or of other images: drawing them again")
-                path.unlink()
-        gaps, at = [], 0
-        for first, stop, _ in [*self.present(), (len(self.labels), len(self.labels), None)]:
-            gaps += [range(start, min(first, start + batch)) for start in range(at, first, batch)]
-            at = stop
-        return gaps
-
-    def write(self, part: range, images: np.ndarray) -> None:
-        path = self.folder / f"{part.start:08d}-{part.stop:08d}.npz"
-        samples.write(path, [images], images.shape, self.labels[part.start : part.stop])
-
-    def read(self) -> Iterator[np.ndarray]:
-        for first, stop, path in self.present():
-            yield from samples.Samples(path).batches(stop - first)
 
 
 def check_room(outs: list[Path], bytes_each: int) -> None:
@@ -223,10 +182,12 @@ def draw(
     sampler: ImageSampler, settings: SampleSettings, out: Path, record: SampleRecord, labels: np.ndarray, world: World
 ) -> None:
     """Draw the images of a file that are not in parts yet, each process its share, and write the file."""
-    parts = Parts(out, labels, record.image_size_eval)
+    parts, size = Parts(out, len(labels)), record.image_size_eval
     if world.is_main:
         record.write(parts.folder / "settings.json")
-    missing = world.from_main(lambda: parts.missing(settings.per_proc_batch_size))
+    missing = world.from_main(
+        lambda: parts.missing(settings.per_proc_batch_size, lambda part, path: holds(path, labels[part], size))
+    )
     total, title = sum(map(len, missing)), f"guidance {record.cfg_scale}"
     with drawing_progress(total, sampler.codes, world.size, desc=title, show=world.is_main) as count:
         for part in missing[world.rank :: world.size]:
@@ -234,14 +195,14 @@ def draw(
                 labels[part], cfg_scale=record.cfg_scale, seed=settings.global_seed, indices=np.array(part),
                 on_codes=count, **settings.drawing,
             )  # fmt: skip
-            parts.write(part, images)
+            samples.write(parts.path(part), [images], images.shape, labels[part])
     world.barrier()
     if world.is_main:
         record.write(out.with_suffix(".json"))
-        shape = (len(labels), record.image_size_eval, record.image_size_eval, 3)
-        samples.write(out, parts.read(), shape, labels)
-        shutil.rmtree(parts.folder)
-        print(f"wrote {out}: {len(labels)} images of {record.image_size_eval} px")
+        drawn = chain.from_iterable(samples.Samples(path).batches(len(part)) for part, path in parts.present())
+        samples.write(out, drawn, (len(labels), size, size, 3), labels)
+        parts.remove()
+        print(f"wrote {out}: {len(labels)} images of {size} px")
 
 
 def main() -> None:
@@ -272,7 +233,7 @@ def main() -> None:
             for out in records:
                 if out in complete:
                     print(f"{out} is complete already")
-                shutil.rmtree(out.with_suffix(".parts"), ignore_errors=True)
+                Parts(out, len(labels)).remove()
                 if settings.save_png:
                     save_pngs(out)
 

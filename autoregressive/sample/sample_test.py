@@ -124,7 +124,7 @@ def test_a_run_that_was_cut_off_draws_only_what_is_missing(models, drawn, tmp_pa
     (parts / "00000004-best.npz").write_text("of others")
     marked[9, 0, 0] = arrays(drawn)[0][9, 0, 0]
     result = sample(models, tmp_path, processes=2)
-    assert result.stderr.count("drawing them again") == 2
+    assert result.stderr.count("making it again") == 2
     assert np.array_equal(arrays(tmp_path / NAME)[0], marked)
     assert not parts.exists()
 

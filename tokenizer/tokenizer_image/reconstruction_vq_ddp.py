@@ -3,9 +3,10 @@
     bash scripts/tokenizer/reconstruct_vq.sh --data-path imagenet/val --vq-model VQ-16 \
         --vq-ckpt pretrained_models/vq_ds16_c2i.pt --image-size 256
 
-Batches are dealt out to the processes and written in the order of the sorted folder, with labels. Images that cannot be
-read are skipped. Beside NAME.npz stand NAME.json (figures, and what it is made of; the same command does not make it
-again), NAME.png (images and their reconstructions, the worst ones too) and NAME-reference.npz: the evaluator's rFID is
+Batches are dealt out to the processes and written in the order of the sorted folder, with labels. What was cut off resumes.
+Images that cannot be read are skipped. Beside NAME.npz stand NAME.json (figures, and what it is made of; the same command
+does not make it again), NAME.png (images and their reconstructions, the worst ones too) and NAME-reference.npz: the
+evaluator's rFID is
 
     python3 evaluations/c2i/evaluator.py NAME-reference.npz NAME.npz
 """
@@ -16,8 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the modules of this clone, whatever else is installed
 
 import json
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -33,14 +33,14 @@ from tokenizer.tokenizer_image.vq_model import Tokenizer, VQConfig, VQModel, cod
 from utils import cli, draw, samples
 from utils.distributed import World, join_world
 from utils.download import recorded_sha256
-from utils.files import atomic_path, check_output, check_space, file_lock
+from utils.files import atomic_path, check_output, check_space, file_lock, write_json
 from utils.log import progress
+from utils.parts import Parts, is_whole
 from utils.pixels import resize, to_float, to_uint8
-from utils.records import Record
+from utils.records import Record, read_json
 from utils.settings import Count, ImageSize, PositiveInt, differences, setting
 
 COLUMNS = 8  # of the picture
-Parts = list[tuple[Path, np.ndarray]]  # files of a batch each, and the batch's image indices
 
 
 class ReconstructionSettings(ImageSettings):
@@ -114,17 +114,19 @@ class ReconstructionRecord(Record):
 
 @torch.inference_mode()
 def reconstruct(
-    s: ReconstructionSettings, model: VQModel, folder: ImageFolder, parts: Parts, world: World, perceptual: LPIPS | None
-) -> None:
-    """Write this process's parts, what is of an image by rows: images, reconstructions, codes and figures.
+    s: ReconstructionSettings, model: VQModel, folder: ImageFolder, mine: dict[Path, np.ndarray], world: World,
+    perceptual: LPIPS | None,
+) -> None:  # fmt: skip
+    """Write the parts of this process, what is of an image by rows: images, reconstructions, codes and figures.
 
-    perceptual: LPIPS, if it is to be measured; its mean over a batch stands for each image of the batch.
+    mine: the images of each file. perceptual: LPIPS, if it is to be measured; its mean over a batch stands for each image of
+    the batch.
     """
-    mine = parts[world.rank :: world.size]
-    requests = [CropRequest(indices, (s.image_size,)) for _, indices in mine]
+    requests = [CropRequest(indices, (s.image_size,)) for indices in mine.values()]
     batches = read_crops(folder, requests, workers=s.num_workers)
-    with progress(total=sum(len(i) for _, i in mine), desc="reconstructing", unit=" images", show=world.is_main) as bar:
-        for (path, indices), batch in zip(mine, batches, strict=True):
+    total = sum(map(len, mine.values()))
+    with progress(total=total, desc="reconstructing", unit=" images", show=world.is_main) as bar:
+        for (path, indices), batch in zip(mine.items(), batches, strict=True):
             arrays = {"images": batch.images, "skipped": json.dumps(batch.skipped)}
             if len(batch.images):
                 images = to_float(torch.from_numpy(batch.crops[0]).to(world.device))
@@ -141,38 +143,38 @@ def reconstruct(
             bar.update(len(indices))
 
 
-def read_parts(parts: Parts, name: str) -> Iterator[np.ndarray]:
+def read_parts(paths: Sequence[Path], name: str) -> Iterator[np.ndarray]:
     """What the parts hold under a name; one without a readable image holds `images` and `skipped` only."""
-    for path, _ in parts:
+    for path in paths:
         with np.load(path) as part:
             if name in part:
                 yield part[name]
 
 
-def all_figures(parts: Parts, codebook_size: int) -> dict[str, float]:
+def all_figures(paths: Sequence[Path], codebook_size: int) -> dict[str, float]:
     """Means over the images of all parts, and the use of the codebook."""
-    columns = {name: list(read_parts(parts, name)) for name in ("psnr", "mse", "ssim", "ssim_published", "lpips")}
+    columns = {name: list(read_parts(paths, name)) for name in ("psnr", "mse", "ssim", "ssim_published", "lpips")}
     means = {name: float(np.concatenate(values).mean()) for name, values in columns.items() if values}
-    counts_V = sum(np.bincount(codes.flatten(), minlength=codebook_size) for codes in read_parts(parts, "codes"))
+    counts_V = sum(np.bincount(codes.flatten(), minlength=codebook_size) for codes in read_parts(paths, "codes"))
     return {**means, **code_health(torch.from_numpy(counts_V))}
 
 
-def draw_pairs(path: Path, parts: Parts) -> None:
+def draw_pairs(out: Path, paths: Sequence[Path]) -> None:
     """Images above their reconstructions: evenly spaced ones, and those with the largest errors, worst first."""
-    error_N = np.concatenate(list(read_parts(parts, "mse")))
+    error_N = np.concatenate(list(read_parts(paths, "mse")))
     columns = min(COLUMNS, len(error_N))
     even, worst = np.arange(columns) * len(error_N) // columns, np.argsort(-error_N, kind="stable")[:columns]
-    images_of = zip(parts, read_parts(parts, "images"), strict=True)
-    places = [(part, row) for (part, _), images in images_of for row in range(len(images))]
+    images_of = zip(paths, read_parts(paths, "images"), strict=True)
+    places = [(path, row) for path, images in images_of for row in range(len(images))]
 
     def picture(i: int, name: str) -> np.ndarray:
-        part, row = places[i]
-        with np.load(part) as arrays:
+        path, row = places[i]
+        with np.load(path) as arrays:
             return arrays[name][row]
 
     rows = [picture(i, name) for chosen in (even, worst) for name in ("originals", "pixels") for i in chosen]
     names = ("images", "decoded", "images with the largest errors", "decoded")
-    draw.save_image(path, draw.image_grid(np.stack(rows), columns, names, max(1, 64 // rows[0].shape[0])))
+    draw.save_image(out, draw.image_grid(np.stack(rows), columns, names, max(1, 64 // rows[0].shape[0])))
 
 
 def is_complete(out: Path, settings: dict[str, Any], replace: bool) -> bool:
@@ -203,10 +205,8 @@ def main() -> None:
     n = len(chosen)
     out = check_output(s.out_path(vq_model, model.config), (".npz",))
     cli.note(folder.summary())
-    temporary = out.with_suffix(".parts")
-    starts = range(0, n, s.per_proc_batch_size)
-    parts = [(temporary / f"{start:08d}.npz", chosen[start : start + s.per_proc_batch_size]) for start in starts]
-    present = sum(path.stat().st_size for path in [out, *(path for path, _ in parts)] if path.is_file())
+    parts = Parts(out, n)
+    present = sum(path.stat().st_size for path in [out, *(path for _, path in parts.present())] if path.is_file())
     check_space(out.parent, 4 * n * 3 * s.final_size**2, present)  # images and reconstructions, in parts and whole
     made_of = {key: value for key, value in s.plain().items() if key not in s.free()}
     made_of |= {
@@ -220,26 +220,36 @@ def main() -> None:
             if world.is_main:
                 print(f"{out} is complete already")
             return
+
+        def missing() -> list[range]:
+            started = parts.folder / "settings.json"
+            if not started.is_file() or read_json(started) != made_of:
+                parts.remove()
+                write_json(started, made_of)
+            return parts.missing(s.per_proc_batch_size, lambda _, path: is_whole(path))
+
+        todo = world.from_main(missing)[world.rank :: world.size]
         perceptual = LPIPS().to(world.device) if made_of["lpips"] else None
         model.to(world.device, memory_format=torch.channels_last)
-        reconstruct(s, model, folder, parts, world, perceptual)
+        reconstruct(s, model, folder, {parts.path(part): chosen[part] for part in todo}, world, perceptual)
         world.barrier()
         if world.is_main:
-            skipped = [row for text in read_parts(parts, "skipped") for row in json.loads(str(text))]
+            paths = [path for _, path in parts.present()]
+            skipped = [row for text in read_parts(paths, "skipped") for row in json.loads(str(text))]
             check_some_readable(folder, skipped, n)
-            found = all_figures(parts, model.config.codebook_size)
-            kept = np.concatenate(list(read_parts(parts, "images")))
+            found = all_figures(paths, model.config.codebook_size)
+            kept = np.concatenate(list(read_parts(paths, "images")))
             shape = (len(kept), s.final_size, s.final_size, 3)
             if s.reference:
                 reference = out.with_name(f"{out.stem}-reference.npz")
-                samples.write(reference, read_parts(parts, "originals"), shape, folder.labels[kept])
-            samples.write(out, read_parts(parts, "pixels"), shape, folder.labels[kept])
-            draw_pairs(out.with_suffix(".png"), parts)
+                samples.write(reference, read_parts(paths, "originals"), shape, folder.labels[kept])
+            samples.write(out, read_parts(paths, "pixels"), shape, folder.labels[kept])
+            draw_pairs(out.with_suffix(".png"), paths)
             ReconstructionRecord(
                 images=len(kept), **found, vq_model=vq_model, weights=model.about["weights"], settings=made_of,
                 bytes=out.stat().st_size, skipped=skipped,
             ).write(out.with_suffix(".json"))  # fmt: skip
-            shutil.rmtree(temporary)
+            parts.remove()
             if skipped:
                 print(skipped_text(skipped, n))
             print(f"wrote {out}: {len(kept)} images of {s.final_size} px, {in_words(found)}")

@@ -103,6 +103,38 @@ def test_a_part_at_another_size_is_made_once(images, tmp_path, run):
     assert "wrote" in run(*flags), "other images"
 
 
+def test_what_was_cut_off_resumes_unless_it_was_of_other_settings(tmp_path, run, monkeypatch):
+    read, made = reconstruction_vq_ddp.read_crops, []
+
+    def cut_after(batches: int):
+        def crops(folder, requests, **options):
+            for i, batch in enumerate(read(folder, requests, **options)):
+                if i == batches:
+                    raise KeyboardInterrupt
+                made.append(len(batch.images))
+                yield batch
+
+        return crops
+
+    def cut(*flags) -> None:
+        monkeypatch.setattr(reconstruction_vq_ddp, "read_crops", cut_after(2))
+        with pytest.raises(KeyboardInterrupt):
+            run("--out", tmp_path / "cut.npz", *flags)
+        monkeypatch.setattr(reconstruction_vq_ddp, "read_crops", cut_after(99))
+        made.clear()
+
+    whole = figures(run("--out", tmp_path / "whole.npz"))
+    cut()
+    part = tmp_path / "cut.parts" / "00000004-00000008.npz"
+    part.write_bytes(part.read_bytes()[:-9])
+    assert figures(run("--out", tmp_path / "cut.npz", "--per-proc-batch-size", "3")) == whole
+    assert made == [3, 3, 3, 1]  # images 4 to 7, whose file was damaged, and those behind
+    assert (tmp_path / "cut.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    cut("--image-size-eval", "24")
+    assert "wrote" in run("--out", tmp_path / "cut.npz", "--image-size-eval", "32")
+    assert made == [4, 4, 4, 2] and Samples(tmp_path / "cut.npz").shape == (14, 32, 32, 3)
+
+
 def test_the_published_name_is_not_taken_from_another_checkpoint(vq_ckpt, tmp_path, run):
     flags = ("--sample-dir", tmp_path / "dir", "--dataset", "imagenet", "--no-reference", "--num-images", "3")
     out = run(*flags)
@@ -124,7 +156,7 @@ def test_the_worst_are_drawn_last(tmp_path):
         pixels = np.full((2, 8, 8, 3), 50 * i, np.uint8) + np.arange(2, dtype=np.uint8)[:, None, None, None]
         path = tmp_path / f"{i}.npz"
         np.savez(path, images=np.arange(2), originals=pixels, pixels=pixels + 100, mse=np.array(error))
-        parts.append((path, np.arange(2)))
+        parts.append(path)
     reconstruction_vq_ddp.draw_pairs(tmp_path / "pairs.png", parts)
     with Image.open(tmp_path / "pairs.png") as picture:
         rows = [[picture.getpixel((2 + 66 * column + 30, y))[0] for column in range(4)] for y in middles(picture, 4)]
