@@ -40,7 +40,7 @@ def tune(model: nn.Module) -> nn.Module:
     """Change a Transformer, in place, to packed layers and a rotary table of complex numbers."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and PackedLinear.fits(child.weight):
+            if isinstance(child, nn.Linear) and child.bias is None and PackedLinear.fits(child.weight):
                 setattr(module, name, PackedLinear(child))
     for layer in model.layers:
         layer.attention.rotate = apply_complex_rope
