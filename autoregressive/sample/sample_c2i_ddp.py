@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the modules of this clone, whatever else is installed
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -138,6 +138,12 @@ def holds(path: Path, labels: np.ndarray, size: int) -> bool:
         return False
 
 
+def images_of(parts: Parts) -> Iterator[np.ndarray]:
+    """What the parts hold, in order, in batches."""
+    for part, path in parts.present():
+        yield from samples.Samples(path).batches(len(part))
+
+
 def check_room(outs: list[Path], bytes_each: int) -> None:
     """Raise InputError if samples files of so many bytes, and the parts of one of them, do not fit on the disk."""
     parts = [path for out in outs for path in out.with_suffix(".parts").glob("*.npz")]
@@ -199,8 +205,7 @@ def draw(
     world.barrier()
     if world.is_main:
         record.write(out.with_suffix(".json"))
-        drawn = chain.from_iterable(samples.Samples(path).batches(len(part)) for part, path in parts.present())
-        samples.write(out, drawn, (len(labels), size, size, 3), labels)
+        samples.write(out, images_of(parts), (len(labels), size, size, 3), labels)
         parts.remove()
         print(f"wrote {out}: {len(labels)} images of {size} px")
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from autoregressive.models.generate import Decoder, image_uniforms
 from autoregressive.models.gpt import GPT, PRESETS, Transformer, preset
 from autoregressive.models.guidance import draw, guidance_scales, probabilities
-from autoregressive.sample.sample_c2i_ddp import Parts
+from autoregressive.sample.sample_c2i_ddp import images_of
 from scripts.benchmark import harness
 from scripts.benchmark.harness import CPU
 from tokenizer.tokenizer_image import vq_model as vq
@@ -37,6 +37,7 @@ from utils import checkpoint, cli, samples
 from utils.distributed import best_device, precision_dtype
 from utils.log import progress
 from utils.machine import copy_rate, durations, matmul_rate, peak_memory, reset_peak_memory, use_compile
+from utils.parts import Parts
 from utils.pixels import to_uint8
 from utils.settings import AtLeastOne, ExistingFolder, PositiveInt, Settings, one_of, setting
 
@@ -181,16 +182,16 @@ def measure_writing(s: SampleBenchmarkSettings) -> dict[str, Any]:
     labels = np.arange(n) % 1000
     with tempfile.TemporaryDirectory(dir=s.folder) as folder:
         out = Path(folder) / "samples.npz"
-        parts = Parts(out, labels, size)
-        todo = list(parts.missing(s.write_batch))
+        parts = Parts(out, n)
+        todo = parts.missing(s.write_batch, lambda part, path: True)
         reset_peak_memory(CPU)
 
         def write_parts() -> None:
             for part in progress(todo, desc="parts", unit=" parts"):
-                parts.write(part, harness.noise(part, size))
+                samples.write(parts.path(part), [harness.noise(part, size)], (len(part), size, size, 3), labels[part])
 
         row = {"images": n, "parts s": harness.timed(write_parts)[0]}
-        row[".npz s"], _ = harness.timed(lambda: samples.write(out, parts.read(), (n, size, size, 3), labels))
+        row[".npz s"], _ = harness.timed(lambda: samples.write(out, images_of(parts), (n, size, size, 3), labels))
         row["read s"], last = harness.timed(lambda: deque(samples.Samples(out).batches(256), maxlen=1).pop()[-1])
         row |= {"GB": out.stat().st_size / 1e9, "peak GiB": peak_memory(CPU) / 2**30}
         row["as written"] = bool(np.array_equal(last, harness.noise(todo[-1], size)[-1]))
