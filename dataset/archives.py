@@ -50,7 +50,7 @@ def unpack(archive: Path, folder: Path) -> Path:
             with atomic_folder(folder) as unfinished:
                 count = _write(archive, unfinished, shutil.disk_usage(unfinished).free - SPARE)
                 shutil.rmtree(folder, ignore_errors=True)
-        except InputError:
+        except (InputError, MemoryError):
             raise
         except Exception as error:  # damaged bytes fail in any way; the OSErrors of a decompressor have no number
             if isinstance(error, OSError) and error.errno is not None:

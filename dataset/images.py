@@ -112,7 +112,10 @@ class ImageFolder(Listing):
         digest = hashlib.sha256("\0".join([*self.names, *self.classes]).encode(errors="surrogateescape"))
         digest.update(self.labels.tobytes())
         for i in evenly_spaced(len(self), 20_000):
-            digest.update(Path(self.paths[i]).stat().st_size.to_bytes(8, "little"))
+            try:
+                digest.update(Path(self.paths[i]).stat().st_size.to_bytes(8, "little"))
+            except OSError:
+                digest.update(b"unreadable")
         for i in evenly_spaced(len(self), 64):
             try:
                 with open(self.paths[i], "rb") as file:

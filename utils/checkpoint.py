@@ -345,7 +345,8 @@ def first_not_finite(state: Mapping[str, Any]) -> str | None:
     """The name of the first tensor of a state dict with a value that is not finite."""
     floating = {name: t for name, t in state.items() if isinstance(t, Tensor) and t.is_floating_point() and t.numel()}
     # The smallest and largest values are finite only if all are; finding them takes no memory.
-    ends = [torch.stack(t.detach().aminmax()).isfinite().all() for t in floating.values()]
+    wide = ((t if t.itemsize > 1 else t.float()).detach() for t in floating.values())  # float8 has no such operation
+    ends = [torch.stack(t.aminmax()).isfinite().all() for t in wide]
     finite = torch.stack(ends).tolist() if ends else []
     return next((name for name, good in zip(floating, finite, strict=True) if not good), None)
 

@@ -193,7 +193,8 @@ class TestRefusals:
         assert not list(tmp_path.iterdir())
 
     def test_values_that_are_not_finite(self):
-        checkpoint.check_finite({**weights(), "big": torch.full((9,), 3e38), "ids": torch.ones(2).long()}, "a.pt")
+        others = {"big": torch.full((9,), 3e38), "ids": torch.ones(2).long(), "none": torch.empty(0)}
+        checkpoint.check_finite({**weights(), **others, "small": torch.ones(2).to(torch.float8_e4m3fn)}, "a.pt")
         for value in (float("nan"), float("inf")):
             with pytest.raises(InputError, match=r"a\.pt: bad has values that are not finite"):
                 checkpoint.check_finite({**weights(), "bad": torch.tensor([1.0, value]).bfloat16()}, "a.pt")

@@ -57,8 +57,11 @@ class World:
             dist.all_reduce(value)
         return value
 
-    def from_main(self, make: Callable[[], Any]) -> Any:
-        """What make() gives on the first process, on all of them. An InputError of it is raised on all."""
+    def from_main(self, make: Callable[[], Any], slow: bool = False) -> Any:
+        """What make() gives on the first process, on all of them. An InputError of it is raised on all.
+
+        slow: it may take longer than processes wait for each other in a broadcast.
+        """
         if self.size == 1:
             return make()
         answer: list[Any] = [None, None]
@@ -67,6 +70,8 @@ class World:
                 answer[0] = make()
             except InputError as error:
                 answer[1] = str(error)
+        if slow:
+            self.barrier()
         dist.broadcast_object_list(answer)
         if answer[1] is not None:
             raise InputError(answer[1])

@@ -156,10 +156,13 @@ def hold(path: Path, of: str, advice: str = "wait for it, or give another folder
             continue
         except OSError:  # a file system without locks
             pass
-        with suppress(OSError):
-            if os.fstat(file.fileno()).st_ino != path.stat().st_ino:  # its last holder removed it meanwhile
-                file.close()
-                continue
+        try:
+            removed = os.fstat(file.fileno()).st_ino != path.stat().st_ino
+        except OSError as error:
+            removed = isinstance(error, FileNotFoundError)
+        if removed:  # by its last holder, meanwhile
+            file.close()
+            continue
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()

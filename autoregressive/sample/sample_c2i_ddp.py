@@ -192,7 +192,8 @@ def draw(
     if world.is_main:
         record.write(parts.folder / "settings.json")
     missing = world.from_main(
-        lambda: parts.missing(settings.per_proc_batch_size, lambda part, path: holds(path, labels[part], size))
+        lambda: parts.missing(settings.per_proc_batch_size, lambda part, path: holds(path, labels[part], size)),
+        slow=True,
     )
     total, title = sum(map(len, missing)), f"guidance {record.cfg_scale}"
     with drawing_progress(total, sampler.codes, world.size, desc=title, show=world.is_main) as count:
@@ -230,7 +231,7 @@ def main() -> None:
                 stack.enter_context(file_lock(out))
             return [out for out, record in records.items() if is_complete(out, record, labels)]
 
-        complete = world.from_main(finished)
+        complete = world.from_main(finished, slow=True)
         for out, record in records.items():
             if out not in complete:
                 draw(sampler, settings, out, record, labels, world)

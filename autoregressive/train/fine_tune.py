@@ -81,5 +81,5 @@ def _chosen(init_classes: Sequence[str], new: Sequence[str], old: Sequence[str])
 
 
 def _numbers(names: Sequence[str]) -> dict[str, int]:
-    """The numbers of classes by their numbers as text and by their names."""
-    return {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
+    """The numbers of classes by their numbers as text and by their names; of a name that stands twice the first."""
+    return {str(i): i for i in range(len(names))} | {name: i for i, name in reversed(list(enumerate(names)))}

@@ -57,12 +57,14 @@ class Packed:
             out[i] = table[shard][row]
 
     def read(self, rows: range) -> tuple[np.ndarray, np.ndarray]:
-        """Codes (n, views, tokens) and labels (n,) of consecutive images."""
-        parts = []
-        for number, shard in self._shards.items():
-            start = self.manifest.starts[number]
-            parts.append(shard[max(rows.start - start, 0) * self.views : max(rows.stop - start, 0) * self.views])
-        return np.concatenate(parts).reshape(-1, self.views, self.tokens), self.labels[rows.start : rows.stop]
+        """Codes (n, views, tokens) and labels (n,) of consecutive images, mapped anew: what was read before leaves RAM."""
+        parts, starts = [np.empty((0, self.views, self.tokens), self.manifest.dtype)], self.manifest.starts
+        for number in self._shards:
+            first, stop = max(rows.start, starts[number]), min(rows.stop, starts[number + 1])
+            if first < stop:
+                mapped = load_array(self.place.files(number, "packed")[0], mmap=True)
+                parts.append(mapped[first - starts[number] : stop - starts[number]])
+        return np.concatenate(parts), self.labels[rows.start : rows.stop]
 
     def first_above(self, limit: int) -> tuple[int, int] | None:
         """The first image (row) with a code above limit, and that code; None if there is none.

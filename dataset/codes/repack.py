@@ -17,7 +17,10 @@ from utils.log import progress
 from utils.settings import LARGEST
 
 PUBLISHED_CODEBOOK = 16384
-LOOKED_AT = 64  # images whose codes tell how large the codebook may be
+
+
+class OutsideCodebook(InputError):
+    """A code that the codebook does not have."""
 
 
 def repacked(source: Folder, layout: str, shard_size: int | None = None, codebook_size: int | None = None) -> Manifest:
@@ -97,8 +100,9 @@ def _copy(source: Folder, rows: range, writer: Writer, shard: int) -> None:
     codebook_size = writer.manifest.codebook_size
     if codes.size and (codes.min() < 0 or codes.max() >= codebook_size):
         image, view, position = np.argwhere((codes < 0) | (codes >= codebook_size))[0]
-        raise InputError(
-            f"{source.file_of(rows[image])}: code {codes[image, view, position]} of image {source.numbers[rows[image]]} is "
+        code = codes[image, view, position]
+        raise (InputError if code < 0 else OutsideCodebook)(
+            f"{source.file_of(rows[image])}: code {code} of image {source.numbers[rows[image]]} is "
             f"outside the codebook of {codebook_size}: extract it again, or pack it with --codebook-size"
         )
     if (labels < 0).any():
@@ -154,16 +158,21 @@ def _open_copy(copy: Place, source: PerImage) -> Packed | None:
 def _make_copy(copy: Place, source: PerImage) -> Packed:
     note(f"{source.place.codes} has one file an image: packing it into {copy.root}, once")
     wanted = repacked(source, "packed").changed(source_id=source.state)
-    if not source.manifest:  # nothing tells of the codebook: codes take 16 bits, or 32 where some images need them
-        largest = source.read(range(min(source.images, LOOKED_AT)))[0].max()
-        wanted = wanted.changed(codebook_size=1 << 16 if largest < 1 << 16 else LARGEST)
-    try:
-        writer = Writer(copy, wanted)
-    except InputError:  # of another state of the source
-        for path in (copy.manifest, copy.unfinished):
-            path.unlink(missing_ok=True)
-        for folder in (copy.codes, copy.labels, copy.records):
-            shutil.rmtree(folder, ignore_errors=True)
-        writer = Writer(copy, wanted)
-    repack([source], writer, os.environ.get("RANK", "0") == "0", "packing")
+    # Without a manifest nothing tells of the codebook: codes take 16 bits, or 32 where one of them does not fit.
+    for codebook_size in [wanted.codebook_size] if source.manifest else [1 << 16, LARGEST]:
+        wanted = wanted.changed(codebook_size=codebook_size)
+        try:
+            writer = Writer(copy, wanted)
+        except InputError:  # of another state of the source
+            for path in (copy.manifest, copy.unfinished):
+                path.unlink(missing_ok=True)
+            for folder in (copy.codes, copy.labels, copy.records):
+                shutil.rmtree(folder, ignore_errors=True)
+            writer = Writer(copy, wanted)
+        try:
+            repack([source], writer, os.environ.get("RANK", "0") == "0", "packing")
+            break
+        except OutsideCodebook:
+            if source.manifest or codebook_size == LARGEST:
+                raise
     return Packed(copy, writer.before, source)

@@ -62,4 +62,5 @@ def _download(url: str, path: Path) -> None:
         raise InputError(f"{NAME} was not fetched ({reason(error)}): try again, or {ELSEWHERE}") from None
     finally:
         socket.setdefaulttimeout(before)
-        part.unlink(missing_ok=True)
+        for path in part.parent.glob(f"{part.name}*"):  # its own, and what a killed command left
+            path.unlink(missing_ok=True)

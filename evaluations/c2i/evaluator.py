@@ -194,10 +194,11 @@ def reference_features(file: File, network: FeatureNetwork, s: EvaluatorSettings
     """The reference in the network's features: from the cache, or computed and put there."""
     entry = reference_cache.entry_path(network, file.sha256)
     with timed(file.seconds, "features"):
-        extracted = reference_cache.load(entry)
+        extracted = reference_cache.load(entry) if len(file.images) else None
         if extracted is None:
             extracted = extract(network, file.images, s.batch_size, logits=False)
-            reference_cache.store(entry, extracted)
+            if len(file.images):  # statistics alone need no cache
+                reference_cache.store(entry, extracted)
     return Features(file, extracted, network, s)
 
 

@@ -228,7 +228,7 @@ def main() -> None:
                 write_json(started, made_of)
             return parts.missing(s.per_proc_batch_size, lambda _, path: is_whole(path))
 
-        todo = world.from_main(missing)[world.rank :: world.size]
+        todo = world.from_main(missing, slow=True)[world.rank :: world.size]
         perceptual = LPIPS().to(world.device) if made_of["lpips"] else None
         model.to(world.device, memory_format=torch.channels_last)
         reconstruct(s, model, folder, {parts.path(part): chosen[part] for part in todo}, world, perceptual)
