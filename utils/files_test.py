@@ -1,6 +1,7 @@
 """Files appear whole or not at all."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import threading
@@ -8,7 +9,7 @@ import threading
 import pytest
 
 from utils.cli import InputError
-from utils.files import atomic_path, file_lock, sha256, write_json
+from utils.files import atomic_path, file_lock, hold, sha256, write_json
 
 
 def test_a_file_appears_when_the_block_ends_and_not_before(tmp_path):
@@ -99,3 +100,19 @@ def test_one_waits_for_what_another_makes_but_not_for_ever(tmp_path, monkeypatch
     monkeypatch.setattr("utils.files.LONGEST_WAIT", -1)
     with file_lock(path), pytest.raises(InputError, match="made is in use by process"), file_lock(path, wait=True):
         pass
+
+
+def test_a_lock_file_that_its_last_holder_removed_meanwhile_is_no_lock(tmp_path, monkeypatch):
+    path, flock, calls = tmp_path / "lock", fcntl.flock, []
+
+    def removed_first(file, how):
+        if not calls:
+            path.unlink()
+        calls.append(how)
+        flock(file, how)
+
+    monkeypatch.setattr("utils.files.fcntl.flock", removed_first)
+    with hold(path, "it"):
+        assert len(calls) == 2 and path.is_file()
+        with pytest.raises(InputError, match="it is in use by process"):
+            hold(path, "it")

@@ -55,6 +55,11 @@ def test_numbers_serve_where_there_are_no_names_and_a_grid_is_said():
     assert line.startswith("grid of 8x8 codes, now 4x4; class table of 4 classes")
 
 
+def test_of_a_name_that_stands_twice_the_first_class_is_taken():
+    state, _ = fit(["x", "y"], ["x=crane"], about={"classes": ["crane", "b", "crane", "d"]})
+    assert torch.equal(state[TABLE][0], weights()[TABLE][0])
+
+
 @pytest.mark.parametrize(
     ("text", "part"), [("cow=cat", "the data have no class 'cow'"), ("a=cow", "the weights have no class 'cow'"),
                        ("a", "no class ''"), ("a=9", "no class '9'")],

@@ -271,3 +271,13 @@ def test_codes_are_not_converted_in_place(tmp_path, command, name, layout):
         assert status == 2 and "are the same folder: give another one to write to" in error
     (tmp_path / "link").unlink()
     assert files(tmp_path) == before
+
+
+def test_a_code_that_needs_32_bits_may_come_late(tmp_path):
+    """Shards that were packed with 16 bits before it are packed again."""
+    codes, _ = published(tmp_path)
+    late = np.load(tmp_path / "toy32_codes" / "22.npy")
+    late[..., 0] = 70_000
+    np.save(tmp_path / "toy32_codes" / "22.npy", late)
+    batch = Codes(tmp_path, "toy", 32).batch(np.arange(23))[0]
+    assert np.array_equal(batch[:22], codes[:22, 0]) and batch[22, 0] == 70_000
