@@ -57,7 +57,9 @@ def _download(url: str, path: Path) -> None:
         DownloadRecord.take(part, **SOURCE).write(DownloadRecord.path_of(path))
         part.replace(path)
     except InputError as error:
-        raise InputError(f"what {url} sent is not the graph ({error}): {ELSEWHERE}") from None
+        raise InputError(
+            f"what {url} sent is not the graph, or not all of it ({error}): try again, or {ELSEWHERE}"
+        ) from None
     except (OSError, HTTPException) as error:
         raise InputError(f"{NAME} was not fetched ({reason(error)}): try again, or {ELSEWHERE}") from None
     finally:

@@ -81,7 +81,8 @@ def test_downloaded_once_without_the_users_token(folder, serve, monkeypatch):
 def test_something_else_is_sent(folder, serve, content, missing):
     url, _ = serve(content, missing)
     with pytest.raises(
-        InputError, match=rf"what {url} sent is not the graph .*: get {NAME} .* and give --inception PATH"
+        InputError,
+        match=rf"what {url} sent is not the graph, or not all of it .*: try again, or get {NAME} .* and give --inception PATH",
     ):
         inception_path(url=url)
     assert not [*folder.iterdir()]

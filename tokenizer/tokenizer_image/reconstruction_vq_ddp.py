@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the modules of t
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import numpy as np
@@ -222,8 +222,10 @@ def main() -> None:
             return
 
         def missing() -> list[range]:
-            started = parts.folder / "settings.json"
-            if not started.is_file() or read_json(started) != made_of:
+            started, known = parts.folder / "settings.json", None
+            with suppress(cli.InputError):  # what cannot be read counts as other settings
+                known = read_json(started)
+            if known != made_of:
                 parts.remove()
                 write_json(started, made_of)
             return parts.missing(s.per_proc_batch_size, lambda _, path: is_whole(path))

@@ -131,6 +131,7 @@ def test_what_was_cut_off_resumes_unless_it_was_of_other_settings(tmp_path, run,
     assert made == [3, 3, 3, 1]  # images 4 to 7, whose file was damaged, and those behind
     assert (tmp_path / "cut.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
     cut("--image-size-eval", "24")
+    (tmp_path / "cut.parts" / "settings.json").write_text("{")
     assert "wrote" in run("--out", tmp_path / "cut.npz", "--image-size-eval", "32")
     assert made == [4, 4, 4, 2] and Samples(tmp_path / "cut.npz").shape == (14, 32, 32, 3)
 
