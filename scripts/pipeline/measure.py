@@ -18,8 +18,9 @@ from evaluations.c2i.classifier import Classifier
 from tokenizer.tokenizer_image.vq_loss import vq_loss
 from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
 from utils.distributed import autocast, best_device, precision_dtype
+from utils.machine import durations
 
-ENOUGH = 0.7  # seconds that a measurement lasts, after one step
+ENOUGH = 1.0  # seconds that a measurement lasts
 OVERHEAD = 1.15  # of a training step: optimizer, average, batches
 PROBE = 16  # codes of an image that is drawn to measure
 
@@ -67,16 +68,7 @@ def measure(vq: VQConfig, gpt: GPTConfig, patches: list[int], size: int, paths: 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:
     """The shortest of some calls, after one that warms up, unless that took long enough by itself."""
-    times, start = [], time.perf_counter()
-    while len(times) < 2 or (time.perf_counter() - start < ENOUGH and len(times) < 10):
-        begin = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begin)
-        if times[0] > 4 * ENOUGH:
-            break
-    return min(times[1:] or times)
+    return min(durations(call, 9, device, warmup=1, limit=ENOUGH))
 
 
 def _training(loss: Callable[[], Tensor], device: torch.device) -> float:
