@@ -7,6 +7,8 @@ the host wait for values of the GPU: `.item()`, `bool()`, `.tolist()`, a shape t
 """
 
 import itertools
+import os
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -70,7 +72,8 @@ class FakeGPU(FakeTensorMode):
 def line_of_ours() -> str:
     """The innermost line of this repository's, other than this file's, that is being executed."""
     frames = reversed(traceback.extract_stack())
-    ours = (f for f in frames if Path(f.filename).is_relative_to(ROOT) and f.filename != __file__)
+    others = (__file__, sys.prefix + os.sep)  # the environment may be a folder of the repository
+    ours = (f for f in frames if Path(f.filename).is_relative_to(ROOT) and not f.filename.startswith(others))
     return next((f"{f.filename}:{f.lineno}: {f.line}" for f in ours), "?")
 
 
