@@ -4,6 +4,7 @@ One policy holds for images that cannot be read: they are skipped, counted and l
 """
 
 import hashlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -217,21 +218,25 @@ def quiet_pillow() -> None:
 
 
 def start_reading(_: int) -> None:
-    """What a reading process does first. Only its parent ends it: a terminal or a scheduler sends a request to end to both,
-    and a parent that saves needs the images of its last step."""
+    """What a reading process does first. It ends with its parent or when that asks for it, and at nobody else's request: a
+    terminal or a scheduler asks both, and a parent that saves needs the images of its last step."""
     quiet_pillow()
     for number in set(stop_signals()) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
-        return
-    parent = os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = multiprocessing.parent_process()  # os.getppid() is another one where processes come from a fork server
 
     def end_with_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        parent.join()
+        os._exit(0)
+
+    def end_when_asked() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
             pass
         os._exit(0)
 
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=end_when_asked, daemon=True).start()
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 

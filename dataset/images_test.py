@@ -4,8 +4,10 @@ import errno
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from dataset.crops import VIEWS, Unreadable, center_crop, center_crops, cut_view
 from dataset.images import CropRequest, ImageFolder, ImageSettings, crops_in_memory, read_crops
 from utils.cli import InputError
 from utils.pixels import to_float
-from utils.testing import PATIENCE
+from utils.testing import PATIENCE, ROOT, wait_for
 
 GOLDEN = np.load(Path(__file__).parent / "testdata" / "crops.npz")
 
@@ -262,6 +264,22 @@ def test_settings(tmp_path, capsys):
     assert "--background: expected a colour such as white" in capsys.readouterr().err
 
 
+READING = """
+import multiprocessing, os, signal, sys
+from dataset.images import CropRequest, ImageFolder, read_crops
+
+if __name__ == "__main__":
+    _, method, folder, end = sys.argv
+    multiprocessing.set_start_method(method)
+    batches = read_crops(ImageFolder(folder), [CropRequest([i], (4,)) for i in range(11)], workers=1)
+    next(batches)
+    (process,) = multiprocessing.active_children()
+    print(process.pid, flush=True)
+    exec(end)
+    os._exit(process.exitcode or 0)
+"""
+
+
 class TestReading:
     """The one parallel reader: order, skipping, strictness, and no need of shared memory."""
 
@@ -328,6 +346,23 @@ class TestReading:
         process.terminate()  # as multiprocessing does at the end of the program
         process.join(PATIENCE)
         assert process.exitcode == 0
+
+    @pytest.mark.parametrize("method", ["fork", "forkserver"])
+    @pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "process.terminate(), process.join(60)"])
+    def test_a_reading_process_ends_with_its_parent_however_it_was_started(self, folder, tmp_path, method, end):
+        (tmp_path / "read.py").write_text(READING)
+        command = [sys.executable, str(tmp_path / "read.py"), method, str(folder), end]
+        result = subprocess.run(
+            command,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert result.returncode in (0, -signal.SIGKILL), result.stderr
+        reader = Path("/proc", result.stdout.split()[0])
+        wait_for("the reading process has ended", lambda: not reader.exists() or " Z " in (reader / "stat").read_text())
 
     def test_processes_hand_over_by_pipes_where_shared_memory_is_small(self, folder, monkeypatch):
         """As in a container: a tensor would need a file in /dev/shm, and DataLoader would wait for it for ever."""
